@@ -1,0 +1,46 @@
+# make serve: install what is missing, pull the default model, serve it.   make test: every test.
+# make check: what CI runs.   make load: a small load against a running server.
+.DEFAULT_GOAL := help
+.PHONY: help install serve test unit check format stubs load clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+help:
+	@grep -E '^# make' Makefile | cut -c3-
+
+$(STAMP): pyproject.toml constraints.txt install.sh
+	./install.sh "$(PYTHON)"
+	@touch $@
+
+install: $(STAMP)
+
+serve: $(STAMP)
+	$(BIN)/shoal serve $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/pytest $(ARGS)
+
+unit: $(STAMP)
+	$(BIN)/pytest tests/unit $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PYTHON=$(BIN)/python protos/generate.sh --check
+	$(BIN)/pytest $(ARGS)
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+stubs: $(STAMP)
+	PYTHON=$(BIN)/python protos/generate.sh
+
+load: $(STAMP)
+	$(BIN)/python -m loadtest.scenario $(ARGS)
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,39 @@
+"""What a rank is told at its start. Every value is resolved: "auto" ends in cluster's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workers.parallel.plan import ParallelPlan
+
+__all__ = ["EngineSettings"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """The same for every rank of an engine.
+
+    `cache_bytes` is the KV cache's size per rank, or None to measure: then `memory_fraction` of the memory that is
+    free after loading is taken. `memory_limit_bytes` bounds weights and cache of one rank together.
+    """
+
+    engine: str
+    model_name: str
+    model_path: str
+    plan: ParallelPlan
+    dtype: str  # "bfloat16", "float16" or "float32"
+    device: str  # "cpu" or "cuda"
+    quantization: str = "none"
+    num_threads: int = 1
+    max_model_len: int
+    max_batch_size: int = 64
+    max_batch_tokens: int = 2048
+    max_waiting: int = 1024
+    block_size: int = 16
+    cache_bytes: int | None = None
+    memory_fraction: float = 0.5
+    memory_limit_bytes: int | None = None
+    deterministic: bool = False
+    step_timeout_s: float = 3.0
+    load_timeout_s: float = 1800.0
+    collectives: str = "auto"  # "auto", "shm", "gloo" or "nccl"
