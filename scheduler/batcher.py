@@ -1,0 +1,323 @@
+"""Continuous batching for one DP group: which tokens of which sequences run in the next step.
+
+    batcher.submit(request)
+    while batcher.has_work:
+        plan = batcher.schedule()
+        events = batcher.take_events()                   # refusals, cancels, expiries
+        if plan is not None:
+            events += batcher.commit(plan, runner.run(plan))
+
+Decoding sequences come first, then prefills that have begun, then the queue, all in the order of one key. When blocks
+run out, the running sequence with the largest key gives its own back and is computed again later; the one with the
+smallest key always goes on, so some sequence always ends.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable
+from itertools import count
+
+from scheduler.blocks import BlockPool
+from scheduler.draft import Draft, Flight
+from scheduler.heap import RemovableHeap
+from scheduler.intake import ended_on_arrival, max_output_tokens
+from scheduler.plan import Event, FinishReason, SequenceResult, StepPlan, StepResult
+from scheduler.policy import Order, OrderKey, priority_then_arrival
+from scheduler.request import Request
+from scheduler.sequence import Sequence, State, Trigger
+from scheduler.settings import BatcherLoad, BatcherSettings
+from scheduler.stopping import finish_of
+from scheduler.waiting import OrderedQueue, WaitingQueue
+
+__all__ = ["Batcher", "BatcherLoad", "BatcherSettings"]
+
+
+class Batcher:
+    """Owned by the engine loop: one thread calls it. Every request gets exactly one event with a finish."""
+
+    def __init__(
+        self,
+        settings: BatcherSettings,
+        *,
+        clock: Callable[[], float],
+        generation: int = 0,
+        order: Order = priority_then_arrival,
+        queue: WaitingQueue | None = None,
+    ) -> None:
+        self.settings = settings
+        self.generation = generation
+        self._clock = clock
+        self._order = order
+        self._pool = BlockPool(settings.num_blocks, settings.block_size)
+        self._waiting: WaitingQueue = OrderedQueue() if queue is None else queue
+        self._running: list[Sequence] = []  # sorted by `order`
+        self._open: dict[str, Sequence] = {}
+        self._deadlines: RemovableHeap[Sequence] = RemovableHeap()
+        self._events: list[Event] = []
+        self._flight: Flight | None = None
+        self._tickets = count()
+        self._step = 0
+        self._step_s = 0.0
+        self._num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is open; if so, the next `schedule` either ends one or returns a plan."""
+        return bool(self._open)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises ValueError where its key is open already; every other refusal is an event."""
+        if request.key in self._open:
+            raise ValueError(f"key {request.key!r} is already open")
+        event = ended_on_arrival(self.settings, request, len(self._waiting))
+        if event is not None:
+            self._events.append(event)
+            return
+        sequence = Sequence.open(
+            request,
+            order=(*self._order(request), next(self._tickets)),
+            max_output_tokens=max_output_tokens(self.settings, request),
+        )
+        self._open[request.key] = sequence
+        self._waiting.push(sequence)
+        if request.deadline_s is not None:
+            self._deadlines.push((request.deadline_s,), sequence)
+
+    def cancel(self, key: str) -> bool:
+        """End a request at once; False where it is not open. What a step in flight makes of it is dropped."""
+        sequence = self._open.get(key)
+        if sequence is None:
+            return False
+        self._end(sequence, FinishReason.CANCELLED)
+        return True
+
+    def fail(self, error: str) -> None:
+        """End every open request with `error`; the step in flight, if there is one, must not be committed."""
+        if self._flight is not None:
+            for sequence in self._flight.sequences:
+                sequence.num_scheduled = 0
+                if sequence.state is State.ENDING:
+                    self._land(sequence)
+            self._flight = None
+            self._drop_finished()
+        for sequence in list(self._open.values()):
+            self._end(sequence, FinishReason.FAILED, error)
+
+    def take_events(self) -> list[Event]:
+        """What ended since the last call without a step's result: refused, cancelled, expired, failed."""
+        events, self._events = self._events, []
+        return events
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None where no request is left. Each plan must be committed before the next."""
+        assert self._flight is None, "the last plan was not committed"
+        now_s = self._clock()
+        self._expire(now_s)
+        draft = Draft(
+            num_tokens=self.settings.max_batch_tokens,
+            num_prompt_logits=self.settings.max_prompt_logits,
+        )
+        preempted = self._schedule_decodes(draft)
+        self._schedule_prefills(draft)
+        # Whatever was admitted now would take the blocks that a preempted sequence was just made to give back.
+        if not preempted:
+            self._admit(draft, now_s)
+        self._flight = draft.close(generation=self.generation, step=self._step + 1, now_s=now_s)
+        if self._flight is None:
+            assert not self._open, "open requests, and none can run"
+            return None
+        self._step += 1
+        return self._flight.plan
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Event]:
+        """Take in the results of the plan in flight: one event for each sequence that sampled a token."""
+        flight = self._flight
+        assert flight is not None, "no plan is in flight"
+        assert flight.plan is plan, "not the plan in flight"
+        assert len(result.sequences) == len(flight.sequences)
+        self._flight = None
+        now_s = self._clock()
+        self._step_s = now_s - flight.scheduled_s
+        events: list[Event] = []
+        for sequence, made in zip(flight.sequences, result.sequences, strict=True):
+            if sequence.state is State.ENDING:
+                self._land(sequence)
+                continue
+            event = self._advance(sequence, made, now_s)
+            if event is not None:
+                events.append(event)
+        self._drop_finished()
+        return events
+
+    def load(self) -> BatcherLoad:
+        return BatcherLoad(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_waiting_tokens=self._waiting.num_tokens,
+            num_free_blocks=self._pool.num_free,
+            num_blocks=self._pool.num_blocks,
+            num_preemptions=self._num_preemptions,
+            step_s=self._step_s,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert everything that must hold between two calls. Costs a walk over all sequences and blocks."""
+        in_flight = set(self._flight.sequences) if self._flight is not None else set()
+        self._pool.check_integrity([sequence.block_ids for sequence in self._running])
+        assert self._running == sorted(self._running, key=_order_of)
+        assert len(self._running) <= self.settings.max_running
+        waiting = list(self._waiting)
+        running = [sequence for sequence in self._running if sequence.state is State.RUNNING]
+        assert {id(sequence) for sequence in self._open.values()} == {id(s) for s in waiting + running}
+        assert len(self._open) == len(waiting) + len(running) == len(self._waiting) + len(running)
+        assert self._waiting.num_tokens == sum(len(sequence.token_ids) for sequence in waiting)
+        for sequence in waiting:
+            assert sequence.state in (State.WAITING, State.PREEMPTED)
+            assert not sequence.block_ids
+            assert sequence.num_computed == sequence.num_scheduled == 0
+        for sequence in self._running:
+            assert sequence.state is State.RUNNING or sequence in in_flight, sequence.state
+            assert (sequence.num_scheduled > 0) == (sequence in in_flight)
+            held = len(sequence.block_ids) * self._pool.block_size
+            assert sequence.num_computed + sequence.num_scheduled <= held
+            assert sequence.num_computed + sequence.num_scheduled <= len(sequence.token_ids)
+            assert sequence.num_remaining > 0
+        for sequence in self._deadlines:
+            assert self._open.get(sequence.request.key) is sequence
+
+    def _expire(self, now_s: float) -> None:
+        while (head := self._deadlines.peek()) is not None and head[0][0] <= now_s:
+            self._end(head[1], FinishReason.DEADLINE)
+
+    def _schedule_decodes(self, draft: Draft) -> bool:
+        """Schedule every running sequence that has one token to run; True where blocks ran out for it."""
+        block_size = self._pool.block_size
+        preempted = False
+        index = 0
+        while index < len(self._running):
+            sequence = self._running[index]
+            index += 1
+            num_tokens = len(sequence.token_ids)
+            if num_tokens - sequence.num_computed != 1:
+                continue
+            if len(sequence.block_ids) * block_size < num_tokens:
+                preempted |= self._make_room()
+                if sequence.state is not State.RUNNING:
+                    break
+                sequence.block_ids += self._pool.allocate(1)
+            draft.add(sequence, 1)
+        return preempted
+
+    def _make_room(self) -> bool:
+        """Preempt from the end of the running ones until a block is free; True where that was needed.
+
+        The walk that calls this goes from the front, so what is preempted is not yet in the draft.
+        """
+        preempted = False
+        while not self._pool.can_allocate(1):
+            victim = self._running.pop()
+            assert victim.num_scheduled == 0
+            victim.apply(Trigger.PREEMPT)
+            self._release(victim)
+            victim.num_computed = 0
+            self._num_preemptions += 1
+            self._waiting.push(victim)
+            preempted = True
+        return preempted
+
+    def _schedule_prefills(self, draft: Draft) -> None:
+        for sequence in self._running:
+            if draft.num_tokens_left == 0:
+                return
+            if sequence.num_scheduled == 0:
+                num_tokens = draft.room_for(sequence)
+                if num_tokens:
+                    draft.add(sequence, num_tokens)
+
+    def _admit(self, draft: Draft, now_s: float) -> None:
+        """Move the queue's head into the batch while slots, tokens and blocks last.
+
+        A sequence gets the blocks of its whole history at once, so a prefill that began can end; one block for each
+        running sequence stays free, so that none is preempted right after.
+        """
+        while draft.num_tokens_left and len(self._running) < self.settings.max_running:
+            sequence = self._waiting.peek()
+            if sequence is None:
+                return
+            num_blocks = self._pool.blocks_for(len(sequence.token_ids))
+            num_tokens = draft.room_for(sequence)
+            if num_tokens == 0 or not self._pool.can_allocate(num_blocks + len(self._running)):
+                return
+            self._waiting.remove(sequence)
+            sequence.apply(Trigger.ADMIT)
+            sequence.block_ids = self._pool.allocate(num_blocks)
+            if sequence.first_scheduled_s is None:
+                sequence.first_scheduled_s = now_s
+            insort(self._running, sequence, key=_order_of)
+            draft.add(sequence, num_tokens)
+
+    def _advance(self, sequence: Sequence, made: SequenceResult, now_s: float) -> Event | None:
+        """Move a sequence past its part of the step; the event of its new token where there is one."""
+        sequence.num_computed += sequence.num_scheduled
+        sequence.num_scheduled = 0
+        if sequence.predicts_prompt:
+            sequence.take_prompt_logprobs(made.prompt_logprobs)
+        if sequence.num_remaining:
+            return None
+        token_id = made.token_id
+        assert token_id is not None, f"{sequence.request.key} was to sample a token"
+        position = sequence.num_output_tokens
+        sequence.token_ids.append(token_id)
+        finish = finish_of(
+            token_id,
+            position,
+            stop_ids=sequence.stop_ids,
+            min_tokens=sequence.request.sampling.min_tokens,
+            max_output_tokens=sequence.max_output_tokens,
+        )
+        if finish is not None:
+            sequence.apply(Trigger.END)
+            self._close(sequence)
+        return sequence.token_event(token_id, position, made.logprobs, finish, now_s)
+
+    def _end(self, sequence: Sequence, finish: FinishReason, error: str = "") -> None:
+        """End a sequence for a reason of which no step's result tells."""
+        if sequence.num_scheduled:
+            sequence.apply(Trigger.END_IN_FLIGHT)
+            self._forget(sequence)
+        else:
+            if sequence.state is State.RUNNING:
+                self._running.remove(sequence)
+            else:
+                self._waiting.remove(sequence)
+            sequence.apply(Trigger.END)
+            self._close(sequence)
+        event = Event(key=sequence.request.key, position=sequence.num_output_tokens, finish=finish, error=error)
+        self._events.append(event)
+
+    def _close(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._open[sequence.request.key]
+        self._deadlines.discard(sequence)
+
+    def _land(self, sequence: Sequence) -> None:
+        """Free what a sequence that ended in flight still held."""
+        sequence.num_scheduled = 0
+        sequence.apply(Trigger.LAND)
+        self._release(sequence)
+
+    def _drop_finished(self) -> None:
+        if any(sequence.state is State.FINISHED for sequence in self._running):
+            self._running = [sequence for sequence in self._running if sequence.state is not State.FINISHED]
+
+    def _release(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.block_ids)
+        sequence.block_ids = []
+
+
+def _order_of(sequence: Sequence) -> OrderKey:
+    return sequence.order

@@ -1,0 +1,76 @@
+"""A step while it is put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scheduler.plan import ScheduledSequence, StepPlan
+from scheduler.sequence import Sequence
+
+__all__ = ["Draft", "Flight"]
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A plan that was handed out, its sequences in the plan's order, and when."""
+
+    plan: StepPlan
+    sequences: tuple[Sequence, ...]
+    scheduled_s: float
+
+
+class Draft:
+    """Collects sequences under the step's limits; those with one token stand first in the plan."""
+
+    def __init__(self, *, num_tokens: int, num_prompt_logits: int) -> None:
+        self.num_tokens_left = num_tokens
+        self._num_prompt_logits_left = num_prompt_logits
+        self._decodes: list[ScheduledSequence] = []
+        self._chunks: list[ScheduledSequence] = []
+        self._decoding: list[Sequence] = []
+        self._chunked: list[Sequence] = []
+
+    def room_for(self, sequence: Sequence) -> int:
+        """How many of its remaining tokens fit; none where rows of logits have run out."""
+        num_tokens = min(sequence.num_remaining, self.num_tokens_left)
+        if sequence.predicts_prompt:
+            num_predicted_again = max(0, sequence.num_prompt_predicted - sequence.num_computed)
+            num_tokens = min(num_tokens, num_predicted_again + self._num_prompt_logits_left)
+        return num_tokens
+
+    def add(self, sequence: Sequence, num_tokens: int) -> None:
+        """Schedule the next `num_tokens` tokens, which must fit."""
+        num_computed = sequence.num_computed
+        samples = num_computed + num_tokens == len(sequence.token_ids)
+        num_logits = sequence.num_logits(num_tokens)
+        request = sequence.request
+        scheduled = ScheduledSequence(
+            key=request.key,
+            history=sequence.token_ids,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_computed=num_computed,
+            num_tokens=num_tokens,
+            block_ids=sequence.block_ids,
+            num_logits=num_logits,
+            samples=samples,
+            sampling=request.sampling,
+            forbidden_token_ids=sequence.forbidden_token_ids(),
+        )
+        sequence.num_scheduled = num_tokens
+        self.num_tokens_left -= num_tokens
+        if num_tokens == 1:
+            self._decodes.append(scheduled)
+            self._decoding.append(sequence)
+        else:
+            self._chunks.append(scheduled)
+            self._chunked.append(sequence)
+        if sequence.predicts_prompt:
+            self._num_prompt_logits_left -= num_logits
+
+    def close(self, *, generation: int, step: int, now_s: float) -> Flight | None:
+        """The finished plan, or None where nothing was scheduled."""
+        sequences = (*self._decodes, *self._chunks)
+        if not sequences:
+            return None
+        plan = StepPlan(generation=generation, step=step, sequences=sequences)
+        return Flight(plan, (*self._decoding, *self._chunked), now_s)

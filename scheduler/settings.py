@@ -1,0 +1,60 @@
+"""What a batcher is told at its start, and what it tells of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["BatcherLoad", "BatcherSettings"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatcherSettings:
+    """The limits of one DP group. Raises ValueError naming the field for a value below one.
+
+    A step runs at most `max_batch_tokens` tokens of at most `max_batch_size` sequences, and makes at most
+    `max_prompt_logits` rows of logits for prompt logprobs (a row is as wide as the vocabulary).
+    `max_model_len` bounds prompt and output together.
+    """
+
+    max_batch_size: int
+    max_batch_tokens: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    max_waiting: int
+    max_prompt_logits: int = 512
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def max_running(self) -> int:
+        """Sequences that may run together: each must get at least one token into every step."""
+        return min(self.max_batch_size, self.max_batch_tokens)
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Tokens that the whole block pool holds."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def max_sequence_len(self) -> int:
+        """Prompt and output of a sequence that has the pool for itself; its last token needs no place in the cache."""
+        return min(self.max_model_len, self.max_cached_tokens + 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatcherLoad:
+    """How busy a DP group is. `num_waiting_tokens` are those to prefill before the queue is empty."""
+
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int
+    num_free_blocks: int
+    num_blocks: int
+    num_preemptions: int = 0
+    step_s: float = 0.0
+    prefix_hit_tokens: int = 0
+    prefix_query_tokens: int = 0
