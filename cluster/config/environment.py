@@ -1,0 +1,34 @@
+"""The process environment. Nothing else of ours reads or writes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = ["cache_folder", "has_auth_settings", "otlp_endpoint", "set_variables"]
+
+
+def cache_folder() -> Path:
+    """Where models are kept: SHOAL_MODELS_DIR, or the user's cache."""
+    models_dir = os.environ.get("SHOAL_MODELS_DIR")
+    if models_dir:
+        return Path(models_dir).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "shoal" / "models"
+
+
+def otlp_endpoint() -> str | None:
+    """OpenTelemetry's own variables, the traces' one first."""
+    names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+
+
+def has_auth_settings() -> bool:
+    """Whether the user chose how Ray authenticates."""
+    return any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+
+
+def set_variables(values: Mapping[str, str]) -> None:
+    """Sets what libraries read when they are imported, or what child processes inherit."""
+    os.environ.update(values)
