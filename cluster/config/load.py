@@ -107,18 +107,15 @@ def _unknown(path: Key) -> str:
     return "unknown key" + (f"; the nearest known key is {'.'.join(nearest)}" if nearest else "")
 
 
-def _path_in(document: object, loc: tuple[int | str, ...]) -> Key:
+def _path_in(document: dict[str, Any], loc: tuple[int | str, ...]) -> Key:
     """The part of a pydantic location that is a path in the file; names of union members are not."""
     path: list[str] = []
-    node = document
+    node: Any = document
     for part in loc:
-        if isinstance(node, dict) and part in node:
+        known: object = range(len(node)) if isinstance(node, list) else node
+        if isinstance(known, dict | range) and part in known:
             node = node[part]
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
-            node = node[part]
-        else:
-            continue
-        path.append(str(part))
+            path.append(str(part))
     return tuple(path)
 
 

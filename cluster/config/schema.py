@@ -31,7 +31,7 @@ Seconds = Annotated[float, Gt(0)]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSection:
-    """`path` is a folder, a Hugging Face name or a short name of `shoal models list`; `name` is what clients call it."""
+    """`path` is a folder, a Hugging Face name or a short name of `shoal models list`; clients call the model `name`."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
     path: str = "smollm2-135m"
@@ -52,7 +52,8 @@ class ParallelSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InferenceSection:
-    """How steps are made; `temperature` and `top_p` are the defaults of requests that name none."""
+    """How steps are made. `temperature` and `top_p` are for requests that name none; without them the model's own
+    generation_config.json decides."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
     dtype: Auto | Literal["bfloat16", "float16", "float32"] = "auto"
@@ -62,8 +63,8 @@ class InferenceSection:
     max_model_len: Auto | AtLeastOne = "auto"
     max_waiting: AtLeastOne = 1024
     block_size: AtLeastOne = 16
-    temperature: Annotated[float, Ge(0), Le(100)] = 1.0
-    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    temperature: Annotated[float, Ge(0), Le(100)] | None = None
+    top_p: Annotated[float, Gt(0), Le(1)] | None = None
     device_map: Auto | Literal["cpu", "cuda"] = "auto"
     deterministic: bool = False
     collectives: Auto | Literal["shm", "gloo", "nccl"] = "auto"

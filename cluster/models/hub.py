@@ -31,8 +31,8 @@ def pull(repo_id: str, models_dir: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
-        HTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -46,7 +46,7 @@ def pull(repo_id: str, models_dir: Path) -> Path:
         raise ModelError(f"the hub has no model {repo_id} (or HF_TOKEN does not let you see it)") from None
     except HFValidationError:
         raise ModelError(f"{repo_id!r} is neither a folder nor a model's name") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ModelError(
             f"cannot fetch {repo_id}: no model hub is reachable ({reason}); give a local folder with --model-path"

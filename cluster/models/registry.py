@@ -20,9 +20,7 @@ class RegisteredModel:
 
 
 def _hub(name: str, repo: str, architecture: str, parameters: str) -> RegisteredModel:
-    return RegisteredModel(
-        name=name, repo_id=f"deepseek-ai/{repo}", architecture=architecture, parameters=parameters
-    )
+    return RegisteredModel(name=name, repo_id=f"deepseek-ai/{repo}", architecture=architecture, parameters=parameters)
 
 
 MODELS: dict[str, RegisteredModel] = {

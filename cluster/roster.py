@@ -1,0 +1,149 @@
+"""Who is there: which leader holds which engine, where the DP groups listen, which front doors are open.
+
+Nothing here is kept on disk. Leaders and front doors report themselves again and again, and what is not reported
+for a lease is forgotten; so a roster that was restarted knows everything again after one round of reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from cluster.front_door.groups import GroupAddress
+from protos.shoal.v1 import admin_pb2
+
+__all__ = ["EngineReport", "FrontDoorReport", "Roster", "Snapshot"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineReport:
+    """What a leader says of its engine. `groups` is empty unless the engine takes requests."""
+
+    engine: str
+    leader: str
+    groups: tuple[GroupAddress, ...] = ()
+    status: admin_pb2.EngineStatus = field(default_factory=admin_pb2.EngineStatus)
+    progress: float = 0.0  # of loading, 0 to 1
+    error: str = ""  # why it cannot be served, in one line; nothing will change that
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrontDoorReport:
+    """What a front door says of itself."""
+
+    id: str
+    node: str
+    open_requests: int = 0
+    ready: bool = False
+    draining: bool = False
+    error: str = ""
+    dp_groups: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What front doors act on; `version` rises with every change of the rest."""
+
+    version: int
+    groups: tuple[GroupAddress, ...]
+    draining: bool
+
+
+@dataclass(slots=True)
+class _Engine:
+    report: EngineReport
+    seen_s: float
+
+
+class Roster:
+    """The bookkeeping alone: no clock of its own, no tasks, no Ray.
+
+    A lease that is not renewed for `lease_s` is over: its groups leave the snapshot, its engine may be claimed by
+    another leader, and what nobody claimed for another `reap_after_s` is handed out by `take_abandoned`. A roster
+    that was restarted passes `settle_s`: until then nothing is claimed that may have a leader who has yet to report.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float], *, lease_s: float, reap_after_s: float, settle_s: float = 0.0
+    ) -> None:
+        self._clock = clock
+        self._lease_s = lease_s
+        self._reap_after_s = reap_after_s
+        self._settled_at_s = clock() + settle_s
+        self._engines: dict[str, _Engine] = {}
+        self._front_doors: dict[str, tuple[FrontDoorReport, float]] = {}
+        self._snapshot = Snapshot(0, (), False)
+
+    def claim(self, leader: str, engines: tuple[str, ...]) -> str | None:
+        """Gives `leader` one of `engines` that nobody leads: those that were led before come first, because their
+        ranks may still live. None where there is none, or not yet."""
+        held = next((name for name, engine in self._engines.items() if engine.report.leader == leader), None)
+        if held is not None:
+            return held
+        if self._clock() < self._settled_at_s:
+            return None
+        orphans = [name for name in engines if name in self._engines and not self._alive(self._engines[name])]
+        unknown = [name for name in engines if name not in self._engines]
+        for name in (*orphans, *unknown):
+            self._engines[name] = _Engine(EngineReport(engine=name, leader=leader), self._clock())
+            self._refresh()
+            return name
+        return None
+
+    def report_engine(self, report: EngineReport) -> bool:
+        """Renews the leader's lease. False where another leader holds the engine: then this one must go."""
+        engine = self._engines.get(report.engine)
+        if engine is not None and engine.report.leader != report.leader and self._alive(engine):
+            return False
+        self._engines[report.engine] = _Engine(report, self._clock())
+        self._refresh()
+        return True
+
+    def release(self, leader: str) -> None:
+        """The leader has gone and left nothing behind."""
+        self._engines = {name: engine for name, engine in self._engines.items() if engine.report.leader != leader}
+        self._refresh()
+
+    def report_front_door(self, report: FrontDoorReport) -> None:
+        self._front_doors[report.id] = (report, self._clock())
+
+    def remove_front_door(self, front_door: str) -> None:
+        self._front_doors.pop(front_door, None)
+
+    def drain(self) -> None:
+        """Every front door is to refuse new requests and finish its open ones."""
+        self._set(draining=True)
+
+    def snapshot(self) -> Snapshot:
+        self._refresh()
+        return self._snapshot
+
+    def engines(self) -> tuple[EngineReport, ...]:
+        """Those with a living leader, by name."""
+        return tuple(engine.report for _, engine in sorted(self._engines.items()) if self._alive(engine))
+
+    def front_doors(self) -> tuple[FrontDoorReport, ...]:
+        now = self._clock()
+        self._front_doors = {
+            key: (report, seen_s) for key, (report, seen_s) in self._front_doors.items() if now - seen_s < self._lease_s
+        }
+        return tuple(report for _, (report, _) in sorted(self._front_doors.items()))
+
+    def take_abandoned(self) -> tuple[str, ...]:
+        """Engines to be taken down, because no leader came for them; each is given out once."""
+        limit = self._clock() - self._lease_s - self._reap_after_s
+        names = [name for name, engine in self._engines.items() if engine.seen_s <= limit]
+        for name in names:
+            del self._engines[name]
+        return tuple(names)
+
+    def _alive(self, engine: _Engine) -> bool:
+        return self._clock() - engine.seen_s < self._lease_s
+
+    def _refresh(self) -> None:
+        groups = tuple(group for report in self.engines() for group in report.groups)
+        if groups != self._snapshot.groups:
+            self._set(groups=groups)
+
+    def _set(self, **changes: object) -> None:
+        self._snapshot = replace(self._snapshot, version=self._snapshot.version + 1, **changes)  # type: ignore[arg-type]
