@@ -1,0 +1,56 @@
+"""The hash behaves like chance: uniform, and independent along seed, position and token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from workers.sampler.noise import Noise
+
+VOCAB = 4096
+NOISE = Noise(VOCAB, torch.device("cpu"))
+PINNED = [0.18808262050151825, 0.6558363437652588, 0.8515859842300415, 1.4283658266067505]  # seed 42, position 7
+
+
+def uniforms(pairs: list[tuple[int, int]]) -> torch.Tensor:
+    seeds, positions = zip(*pairs, strict=True)
+    return 1 - torch.exp(-NOISE.exponential(seeds, positions)).double()
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [(seed, 0) for seed in range(100)],
+        [(0, position) for position in range(100)],
+        [(-(2**63) + i, i) for i in range(100)],
+    ],
+    ids=["seeds", "positions", "both"],
+)
+def test_noise_is_uniform_and_uncorrelated(pairs: list[tuple[int, int]]) -> None:
+    u = uniforms(pairs)
+    counts = torch.histc(u, bins=100, min=0, max=1)
+    expected = u.numel() / 100
+    assert ((counts - expected) ** 2 / expected).sum() < 99 + 5 * np.sqrt(2 * 99)
+    centred = u - 0.5
+    variance = 1 / 12
+    for product in (centred[1:] * centred[:-1], centred[:, 1:] * centred[:, :-1], centred[1:, 1:] * centred[:-1, :-1]):
+        assert abs(product.mean() / variance) < 5 / np.sqrt(product.numel())
+
+
+def test_chosen_tokens_see_what_the_whole_vocabulary_sees() -> None:
+    ids = torch.tensor([[5, 4095, 0], [7, 8, 9]])
+    whole = NOISE.exponential([1, -2], [3, 4])
+    assert torch.equal(NOISE.exponential([1, -2], [3, 4], ids), whole.gather(1, ids))
+
+
+def test_noise_is_pinned() -> None:
+    """A change here would make replays of live requests diverge between versions."""
+    drawn = NOISE.exponential([42], [7], torch.tensor([[0, 1, 2, 4095]]))[0].tolist()
+    assert drawn == pytest.approx(PINNED, rel=1e-6)
+
+
+def test_noise_is_positive_and_finite() -> None:
+    u = NOISE.exponential(range(300), [0] * 300)
+    assert bool((u > 0).all())
+    assert bool(torch.isfinite(u).all())
