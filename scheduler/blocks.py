@@ -13,7 +13,7 @@ __all__ = ["BlockPool"]
 
 
 class BlockPool:
-    """A fixed number of blocks. Ask with `can_allocate`, then act with `allocate`, which never fails for want of blocks."""
+    """A fixed number of blocks. Ask with `can_allocate`, act with `allocate`, which never fails for want of blocks."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         assert num_blocks >= 1
