@@ -14,7 +14,8 @@ REQUEST = RouteRequest(num_tokens=10, max_tokens=100)
 
 
 def group(key: str, **changes: Any) -> GroupView:
-    return GroupView(**({"key": key, "engine": "e", "healthy": True, "num_free_blocks": 8, "num_blocks": 8} | changes))
+    values: dict[str, Any] = {"healthy": True, "num_free_blocks": 8, "num_blocks": 8} | changes
+    return GroupView(key=key, engine="e", **values)
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
