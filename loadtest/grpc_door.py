@@ -12,7 +12,7 @@ from loadtest.workload import Work
 from protos.shoal.v1 import inference_pb2 as pb
 from protos.shoal.v1 import inference_pb2_grpc as rpc
 
-__all__ = ["GrpcDoor", "generate_request", "read_chunk"]
+__all__ = ["GrpcDoor", "describe", "generate_request", "read_chunk"]
 
 
 def generate_request(work: Work, model: str = "") -> pb.GenerateRequest:
@@ -71,7 +71,7 @@ class GrpcDoor:
         try:
             answer = await self._stub.ListModels(pb.ListModelsRequest(), metadata=self._metadata, timeout=10.0)
         except grpc.aio.AioRpcError as error:
-            raise DoorError(f"gRPC server at {self._address}: {_describe(error)}") from error
+            raise DoorError(f"gRPC server at {self._address}: {describe(error)}") from error
         for model in answer.models:
             if self._model in ("", model.name):
                 return ModelFacts(model.name, model.max_model_len, model.vocab_size, model.dtype)
@@ -84,9 +84,9 @@ class GrpcDoor:
             async for chunk in self._stub.Generate(request, metadata=self._metadata, timeout=self._timeout_s):
                 read_chunk(recorder, chunk)
         except grpc.aio.AioRpcError as error:
-            return recorder.close(_describe(error))
+            return recorder.close(describe(error))
         return recorder.close()
 
 
-def _describe(error: grpc.aio.AioRpcError) -> str:
+def describe(error: grpc.RpcError) -> str:
     return f"{error.code().name}: {error.details()}"
