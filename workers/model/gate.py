@@ -1,0 +1,76 @@
+"""Which experts a token goes to, and with what weight.
+
+One function of (logits, rule, correction bias); the rule is read from the checkpoint's configuration once.
+Sources: DeepSeek-V2 (arXiv 2405.04434) eq. 20-22 and section 2.2.2 for softmax gates with group-limited routing;
+DeepSeek-V3 (arXiv 2412.19437) eq. 12-16 for sigmoid gates whose correction bias only chooses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from workers.parallel.dispatch import Routing
+
+__all__ = ["GateRule", "choose_experts"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateRule:
+    """How scores become a choice.
+
+    `groups_kept` of `num_groups` groups take part; a group's score is the best of its experts (softmax gates) or the
+    sum of its best two (sigmoid gates). Raises ValueError naming the configuration's field.
+    """
+
+    num_experts: int
+    top_k: int
+    sigmoid: bool
+    num_groups: int = 1
+    groups_kept: int = 1
+    normalize: bool = False
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_experts % self.num_groups:
+            raise ValueError(f"n_group {self.num_groups} does not divide n_routed_experts {self.num_experts}")
+        if not 1 <= self.groups_kept <= self.num_groups:
+            raise ValueError(f"topk_group must be between 1 and n_group {self.num_groups}, not {self.groups_kept}")
+        eligible = self.groups_kept * (self.num_experts // self.num_groups)
+        if not 1 <= self.top_k <= eligible:
+            raise ValueError(f"num_experts_per_tok {self.top_k} exceeds the {eligible} experts of the kept groups")
+        if self.sigmoid and self.num_groups > 1 and self.num_experts // self.num_groups < 2:
+            raise ValueError(f"n_group {self.num_groups} leaves fewer than two experts in a group")
+
+
+def choose_experts(logits: torch.Tensor, rule: GateRule, correction_bias: torch.Tensor | None = None) -> Routing:
+    """Routes each row of `logits` [T, num_experts].
+
+    Ids come out ascending, so that a token's expert outputs are always summed in the same order, wherever the
+    experts live.
+    """
+    logits = logits.float()
+    scores = logits.sigmoid() if rule.sigmoid else logits.softmax(dim=-1)
+    ranked = scores if correction_bias is None else scores + correction_bias
+    if rule.groups_kept < rule.num_groups:
+        ranked = _mask_weak_groups(ranked, rule)
+    chosen = ranked.topk(rule.top_k, dim=-1, sorted=False).indices
+    expert_ids = chosen.sort(dim=-1).values
+    weights = scores.gather(-1, expert_ids)
+    if rule.normalize and rule.top_k > 1:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return Routing(expert_ids, weights * rule.scale)
+
+
+def _mask_weak_groups(ranked: torch.Tensor, rule: GateRule) -> torch.Tensor:
+    """`ranked` with the experts of every group but the best `groups_kept` put out of reach."""
+    num_tokens = ranked.shape[0]
+    grouped = ranked.view(num_tokens, rule.num_groups, -1)
+    if rule.sigmoid:
+        group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
+    else:
+        group_scores = grouped.amax(dim=-1)
+    kept = group_scores.topk(rule.groups_kept, dim=-1, sorted=False).indices
+    weak = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
+    return grouped.masked_fill(weak.unsqueeze(-1), float("-inf")).view(num_tokens, -1)

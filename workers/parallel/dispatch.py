@@ -1,0 +1,93 @@
+"""Expert dispatch: one seam between the gate and the experts.
+
+    rows, handle = dispatch(x_TD, routing)     each token's row goes to where its experts live
+    y = experts(rows)                          rows grouped by local expert
+    out_TD = combine(y, handle)                each token's outputs, weighted and summed at home
+
+A token's outputs are always summed in fp32 in ascending order of expert id, at the rank that owns the token: the sum's
+bits do not depend on where the experts live. Shape suffixes: T tokens of this rank, K experts a token, R rows to
+compute here, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+
+__all__ = ["Dispatch", "ExpertRows", "LocalDispatch", "LocalHandle", "Routing", "group_by_expert", "weighted_sum"]
+
+
+class Routing(NamedTuple):
+    """For T tokens: expert ids [T, K] int64, ascending in each row, and their weights [T, K] fp32."""
+
+    expert_ids: torch.Tensor
+    weights: torch.Tensor
+
+
+class ExpertRows(NamedTuple):
+    """Rows [R, D] grouped by local expert, and how many belong to each of them."""
+
+    x_RD: torch.Tensor
+    counts: list[int]
+
+
+HandleT = TypeVar("HandleT")
+
+
+class Dispatch(Protocol, Generic[HandleT]):
+    """The seam; `handle` is opaque, frozen, and good for one `combine`."""
+
+    @property
+    def kind(self) -> str:
+        """What carries the rows, in words for `shoal status`."""
+        ...
+
+    def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[ExpertRows, HandleT]: ...
+
+    def combine(self, y_RD: torch.Tensor, handle: HandleT) -> torch.Tensor: ...
+
+
+def group_by_expert(slots: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The stable order that sorts `slots` [N], and the number of entries of each slot [num_slots]."""
+    order = slots.argsort(stable=True)
+    return order, torch.bincount(slots, minlength=num_slots)
+
+
+def weighted_sum(y_TKD: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    """`sum_k weights[t, k] * y[t, k]` in fp32, left to right over k, in the dtype of `y` [T, D].
+
+    A library's reduction may split the sum in a way that depends on the shape; this one never does.
+    """
+    weights = weights_TK.unsqueeze(-1)
+    total = y_TKD[:, 0].float() * weights[:, 0]
+    for k in range(1, y_TKD.shape[1]):
+        total.addcmul_(y_TKD[:, k].float(), weights[:, k])
+    return total.to(y_TKD.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalHandle:
+    """`order` [T * K]: which flat (token, choice) each row is."""
+
+    order: torch.Tensor
+    weights: torch.Tensor
+
+
+class LocalDispatch:
+    """All experts live on this rank; rows move within its memory only."""
+
+    kind = "local"
+
+    def __init__(self, num_experts: int) -> None:
+        self._num_experts = num_experts
+
+    def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[ExpertRows, LocalHandle]:
+        order, counts = group_by_expert(routing.expert_ids.flatten(), self._num_experts)
+        rows = x_TD.index_select(0, order // routing.expert_ids.shape[1])
+        return ExpertRows(rows, counts.tolist()), LocalHandle(order, routing.weights)
+
+    def combine(self, y_RD: torch.Tensor, handle: LocalHandle) -> torch.Tensor:
+        y = torch.empty_like(y_RD).index_copy_(0, handle.order, y_RD)
+        return weighted_sum(y.view(*handle.weights.shape, y.shape[-1]), handle.weights)
