@@ -1,0 +1,94 @@
+"""All DP groups that this front door can reach, and the choice between them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from cluster.front_door.groups import GroupAddress
+from cluster.front_door.link import Link, LinkOptions
+from scheduler.routing import RouteRequest, RoutingPolicy
+
+__all__ = ["Links"]
+
+log = logging.getLogger(__name__)
+
+
+class Links:
+    """One link per group of the roster.
+
+    A group that leaves the roster gets nothing new, but what it is still answering it may finish: a roster that is
+    late or restarts costs nothing. A group that is really gone shows on its stream.
+    """
+
+    def __init__(self, options: LinkOptions, policy: RoutingPolicy) -> None:
+        self._options = options
+        self._policy = policy
+        self._links: dict[str, Link] = {}
+        self._retired: list[Link] = []
+        self._listeners: list[Callable[[], None]] = []
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def links(self) -> Mapping[str, Link]:
+        """The roster's groups by key."""
+        return self._links
+
+    @property
+    def ready(self) -> bool:
+        """Whether any group can take a sequence."""
+        return any(link.ready for link in self._links.values())
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Calls `listener` whenever a group becomes ready or is lost."""
+        self._listeners.append(listener)
+
+    def set_groups(self, groups: Iterable[GroupAddress]) -> None:
+        """Takes the roster's newest list: connects to what is new, retires what has gone."""
+        wanted = {group.key: group for group in groups}
+        for key in [key for key in self._links if key not in wanted]:
+            self._retire(key)
+        for key, address in wanted.items():
+            link = self._links.get(key)
+            if link is not None and replace(link.address, generation=address.generation) == address:
+                link.fence(address.generation)
+                continue
+            if link is not None:
+                self._retire(key)
+            self._links[key] = link = Link(address, self._options, self._changed)
+            link.start()
+        self._changed()
+
+    def choose(self, request: RouteRequest) -> Link | None:
+        """The group for a sequence, or None while none is ready."""
+        links = list(self._links.values())
+        views = [link.view() for link in links]
+        index = self._policy.choose(views, request)
+        if index is None and request.avoid:
+            # Every group that is up has just failed it: any of them is better than none.
+            index = self._policy.choose(views, replace(request, avoid=frozenset()))
+        return None if index is None else links[index]
+
+    async def close(self) -> None:
+        """Ends all streams; open sequences are lost."""
+        links = [*self._links.values(), *self._retired]
+        self._links.clear()
+        self._retired.clear()
+        await asyncio.gather(*(link.close() for link in links), *self._closing)
+
+    def _retire(self, key: str) -> None:
+        link = self._links.pop(key)
+        link.retiring = True
+        log.info("DP group %s left the roster with %d sequences of ours", key, link.num_open)
+        self._retired.append(link)
+
+    def _changed(self) -> None:
+        for link in [link for link in self._retired if not link.num_open]:
+            self._retired.remove(link)
+            task = asyncio.get_running_loop().create_task(link.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        for listener in self._listeners:
+            listener()
