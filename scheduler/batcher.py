@@ -118,11 +118,9 @@ class Batcher:
             num_tokens=self.settings.max_batch_tokens,
             num_prompt_logits=self.settings.max_prompt_logits,
         )
-        preempted = self._schedule_decodes(draft)
+        self._schedule_decodes(draft)
         self._schedule_prefills(draft)
-        # Whatever was admitted now would take the blocks that a preempted sequence was just made to give back.
-        if not preempted:
-            self._admit(draft, now_s)
+        self._admit(draft, now_s)
         self._flight = draft.close(generation=self.generation, step=self._step + 1, now_s=now_s)
         if self._flight is None:
             assert not self._open, "open requests, and none can run"
@@ -183,6 +181,7 @@ class Batcher:
             assert sequence.num_computed + sequence.num_scheduled <= held
             assert sequence.num_computed + sequence.num_scheduled <= len(sequence.token_ids)
             assert sequence.num_remaining > 0
+            assert not (sequence.first_token_sent and sequence.prompt_logprobs)
         for sequence in self._deadlines:
             assert self._open.get(sequence.request.key) is sequence
 
@@ -190,10 +189,9 @@ class Batcher:
         while (head := self._deadlines.peek()) is not None and head[0][0] <= now_s:
             self._end(head[1], FinishReason.DEADLINE)
 
-    def _schedule_decodes(self, draft: Draft) -> bool:
-        """Schedule every running sequence that has one token to run; True where blocks ran out for it."""
+    def _schedule_decodes(self, draft: Draft) -> None:
+        """Schedule every running sequence that has one token to run; none of the others ever lacks blocks."""
         block_size = self._pool.block_size
-        preempted = False
         index = 0
         while index < len(self._running):
             sequence = self._running[index]
@@ -202,19 +200,17 @@ class Batcher:
             if num_tokens - sequence.num_computed != 1:
                 continue
             if len(sequence.block_ids) * block_size < num_tokens:
-                preempted |= self._make_room()
+                self._make_room()
                 if sequence.state is not State.RUNNING:
-                    break
+                    return
                 sequence.block_ids += self._pool.allocate(1)
-            draft.add(sequence, 1)
-        return preempted
+            draft.add_decode(sequence)
 
-    def _make_room(self) -> bool:
-        """Preempt from the end of the running ones until a block is free; True where that was needed.
+    def _make_room(self) -> None:
+        """Preempt from the end of the running ones until a block is free.
 
         The walk that calls this goes from the front, so what is preempted is not yet in the draft.
         """
-        preempted = False
         while not self._pool.can_allocate(1):
             victim = self._running.pop()
             assert victim.num_scheduled == 0
@@ -223,8 +219,6 @@ class Batcher:
             victim.num_computed = 0
             self._num_preemptions += 1
             self._waiting.push(victim)
-            preempted = True
-        return preempted
 
     def _schedule_prefills(self, draft: Draft) -> None:
         for sequence in self._running:

@@ -38,6 +38,27 @@ class Draft:
             num_tokens = min(num_tokens, num_predicted_again + self._num_prompt_logits_left)
         return num_tokens
 
+    def add_decode(self, sequence: Sequence) -> None:
+        """Schedule the one token that remains: `add` for the many, without what only prompts need."""
+        request = sequence.request
+        self._decodes.append(
+            ScheduledSequence(
+                key=request.key,
+                history=sequence.token_ids,
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                num_computed=sequence.num_computed,
+                num_tokens=1,
+                block_ids=sequence.block_ids,
+                num_logits=1,
+                samples=True,
+                sampling=request.sampling,
+                forbidden_token_ids=sequence.forbidden_token_ids(),
+            )
+        )
+        self._decoding.append(sequence)
+        sequence.num_scheduled = 1
+        self.num_tokens_left -= 1
+
     def add(self, sequence: Sequence, num_tokens: int) -> None:
         """Schedule the next `num_tokens` tokens, which must fit."""
         num_computed = sequence.num_computed

@@ -31,7 +31,7 @@ class BatcherSettings:
 
     @property
     def max_running(self) -> int:
-        """Sequences that may run together: each must get at least one token into every step."""
+        """Sequences that may run together: each must find room for a token in every step."""
         return min(self.max_batch_size, self.max_batch_tokens)
 
     @property

@@ -84,6 +84,7 @@ def test_at_most_max_batch_size_run() -> None:
 def test_every_running_sequence_gets_a_token_into_every_step() -> None:
     bench = Bench(settings(max_batch_size=8, max_batch_tokens=3))
     bench.submit(*(request(str(number), 2, max_tokens=20) for number in range(6)))
+    assert bench.limits.max_running == 3
     for _ in range(12):
         running = {sequence.request.key for sequence in bench.batcher._running}
         assert running <= {key for key, _ in shape(bench.step())}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from scheduler.draft import Draft
 from scheduler.plan import FinishReason
+from scheduler.sequence import Sequence
 from tests.unit.scheduler.harness import Bench, request, settings
 
 
@@ -40,6 +42,16 @@ def test_rows_of_logits_are_bounded() -> None:
     bench.check_end()
 
 
+def test_rows_that_were_delivered_before_a_preemption_are_free() -> None:
+    sequence = Sequence.open(request("a", 16, prompt_logprobs=0), order=(0,), max_output_tokens=4)
+    draft = Draft(num_tokens=64, num_prompt_logits=3)
+    assert draft.room_for(sequence) == 3
+    sequence.num_prompt_predicted = 5
+    assert draft.room_for(sequence) == 8
+    sequence.num_prompt_predicted = 15
+    assert draft.room_for(sequence) == 16
+
+
 def test_a_prompt_of_one_token_has_none() -> None:
     bench = Bench(settings())
     bench.submit(request("a", 1, prompt_logprobs=0, max_tokens=2))
@@ -48,7 +60,7 @@ def test_a_prompt_of_one_token_has_none() -> None:
 
 
 def test_a_preempted_prefill_does_not_make_them_again() -> None:
-    bench = Bench(settings(num_blocks=7, max_batch_tokens=3))
+    bench = Bench(settings(num_blocks=7, max_batch_tokens=2))
     bench.submit(request("a", 3, max_tokens=20))
     bench.step()
     bench.submit(request("b", 16, max_tokens=2, prompt_logprobs=0))
@@ -56,6 +68,8 @@ def test_a_preempted_prefill_does_not_make_them_again() -> None:
     while bench.batcher.has_work:
         plan = bench.step()
         rows += sum(one.num_logits for one in plan.sequences if one.key == "b" and not one.samples)
+        if bench.batcher.load().num_preemptions == 0:
+            assert bench.output("b") == []
     assert bench.batcher.load().num_preemptions >= 1
     assert delivered(bench, "b") == [(0, [float(index) for index in range(1, 16)])]
     assert rows <= 15

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import scheduler
 from scheduler.sequence import TRANSITIONS, Sequence, State, Trigger
 from tests.unit.scheduler.harness import request
 
@@ -67,3 +69,10 @@ def test_stop_tokens_are_forbidden_below_min_tokens() -> None:
 def test_ignored_eos_is_not_forbidden() -> None:
     sequence = open_sequence(2, min_tokens=1, ignore_eos=True, eos_token_ids=frozenset({5}))
     assert sequence.forbidden_token_ids() == frozenset()
+
+
+def test_the_readme_shows_the_table() -> None:
+    readme = Path(scheduler.__path__[0], "README.md").read_text()
+    rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in readme.splitlines() if "|" in line]
+    table = {(state.value, trigger.value, after.value) for (state, trigger), after in TRANSITIONS.items()}
+    assert {row for row in rows if row[0] in {state.value for state in State}} == table
