@@ -1,0 +1,138 @@
+"""From settings to a rank that runs: read the configuration, check, load, size the cache."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from workers.cache import CacheSize, KVCache, show_gib, size_cache
+from workers.kernels.seam import Kernels
+from workers.kernels.select import select_kernels
+from workers.memory import free_bytes
+from workers.model.build import build_decoder
+from workers.model.config import ModelConfig, read_config
+from workers.model.decoder import Decoder
+from workers.model.sharding import Shard, check_plan, shard_parameters
+from workers.parallel.collectives import Collectives
+from workers.parallel.plan import RankPlace
+from workers.runner import Report, Runner
+from workers.settings import EngineSettings
+from workers.weights.load import Progress, WeightReader
+
+__all__ = ["assemble", "check_plan"]
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def assemble(
+    settings: EngineSettings, place: RankPlace, tensor: Collectives, *, progress: Progress | None = None
+) -> Runner:
+    """Builds the rank at `place`. All ranks of the tensor axis must call it together.
+
+    `progress` hears of bytes read and bytes to read. Raises ValueError, before anything is loaded where that can be
+    known, for settings that do not fit the model, the machine or the checkpoint.
+    """
+    started_s = time.monotonic()
+    folder = Path(settings.model_path)
+    config = read_config(folder)
+    _check_settings(settings, config)
+    dtype, device = _DTYPES[settings.dtype], torch.device(settings.device)
+    kernels = select_kernels(device, dtype)
+    shard = Shard(config, place.tensor_index, settings.plan.tensor)
+    parameters = shard_parameters(shard)
+    with WeightReader(folder, parameters, dtype, progress=progress) as reader:
+        weight_bytes = _weight_bytes(shard, kernels, dtype)
+        _check_weights_fit(settings, weight_bytes, device)
+
+        def take(name: str) -> torch.Tensor | None:
+            return reader.read(name).to(device) if name in reader else None
+
+        with torch.inference_mode():
+            decoder = build_decoder(
+                shard, take, kernels, tensor, num_positions=settings.max_model_len, dtype=dtype, device=device
+            )
+        bytes_read = reader.bytes_read
+    cache = _cache(settings, decoder, weight_bytes, tensor, dtype, device)
+    report = Report(
+        architecture=config.architecture,
+        dtype=settings.dtype,
+        device=str(device),
+        kernels=kernels.description,
+        collectives=tensor.kind,
+        weight_bytes=weight_bytes,
+        cache_bytes=cache.num_blocks * cache.block_size * sum(decoder.cache_rows) * dtype.itemsize,
+        num_blocks=cache.num_blocks,
+        block_size=cache.block_size,
+        bytes_read=bytes_read,
+        load_s=time.monotonic() - started_s,
+    )
+    return Runner(decoder, cache, model_config=config, report=report, dtype=dtype, device=device)
+
+
+def _check_settings(settings: EngineSettings, config: ModelConfig) -> None:
+    check_plan(config, settings.plan)
+    if settings.dtype not in _DTYPES:
+        raise ValueError(f"inference.dtype must be one of {', '.join(_DTYPES)}, not {settings.dtype!r}")
+    if settings.quantization != "none":
+        raise ValueError(f"inference.quantization must be none for {config.model_type} models")
+    if settings.max_model_len > config.max_position_embeddings:
+        raise ValueError(
+            f"inference.max_model_len {settings.max_model_len} exceeds the model's {config.max_position_embeddings} "
+            "positions"
+        )
+
+
+def _weight_bytes(shard: Shard, kernels: Kernels, dtype: torch.dtype) -> int:
+    """What the rank's parameters take once built."""
+    parameters = shard_parameters(shard)
+    num_elements = sum(math.prod(parameter.shape) for parameter in parameters.values())
+    if shard.config.tie_word_embeddings and kernels.packs_weights:
+        # the head needs the embedding in another layout than the look-up does
+        num_elements += math.prod(parameters["embedding"].shape)
+    return num_elements * dtype.itemsize
+
+
+def _check_weights_fit(settings: EngineSettings, weight_bytes: int, device: torch.device) -> None:
+    limit_bytes, name = free_bytes(device), "free memory"
+    if settings.memory_limit_bytes is not None and settings.memory_limit_bytes < limit_bytes:
+        limit_bytes, name = settings.memory_limit_bytes, "the rank's part of resources.memory_limit"
+    if weight_bytes > limit_bytes:
+        raise ValueError(
+            f"the model's weights need {show_gib(weight_bytes)} per rank and may take {show_gib(limit_bytes)} "
+            f"({name}); raise that, or parallel.tensor, or choose a smaller inference.dtype"
+        )
+
+
+def _cache(
+    settings: EngineSettings,
+    decoder: Decoder,
+    weight_bytes: int,
+    tensor: Collectives,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVCache:
+    limit_bytes, limit_name = _cache_limit(settings, weight_bytes, device)
+    num_blocks = size_cache(
+        CacheSize(
+            bytes_per_token=sum(decoder.cache_rows) * dtype.itemsize,
+            block_size=settings.block_size,
+            max_model_len=settings.max_model_len,
+            max_batch_size=settings.max_batch_size,
+            limit_bytes=limit_bytes,
+            limit_name=limit_name,
+        )
+    )
+    return KVCache(decoder.cache_rows, tensor.minimum(num_blocks), settings.block_size, dtype=dtype, device=device)
+
+
+def _cache_limit(settings: EngineSettings, weight_bytes: int, device: torch.device) -> tuple[int, str]:
+    """What the cache of this rank may take, and the setting that says so."""
+    if settings.cache_bytes is not None:
+        return settings.cache_bytes, "resources.cache_size"
+    measured = int(free_bytes(device) * settings.memory_fraction)
+    if settings.memory_limit_bytes is None or settings.memory_limit_bytes - weight_bytes >= measured:
+        return measured, "the rank's part of free memory"
+    return settings.memory_limit_bytes - weight_bytes, "what resources.memory_limit leaves beside the weights"

@@ -1,0 +1,81 @@
+"""Operations for CPUs whose oneDNN computes in the model's dtype.
+
+Weights are put into oneDNN's own blocked layout once, when the model is built: `F.linear` does that again at every
+call, which costs half its time at these sizes. The activation, product and residual sum behind a linear layer are
+done by oneDNN on the result while it is still in registers, and in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from workers.kernels.reference import ReferenceKernels
+from workers.kernels.seam import GatedLinear, Linear
+
+__all__ = ["PackedKernels", "can_pack"]
+
+_linear = torch.ops.mkldnn._linear_pointwise.default
+_linear_binary = torch.ops.mkldnn._linear_pointwise.binary
+# oneDNN chooses the blocking for a number of rows; this one is good for 1 to 1024 (README.md).
+_ROWS_HINT = 16
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has kernels of this machine's own for `dtype`."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return False
+
+
+class _PackedLinear:
+    __slots__ = ("_bias", "_weight")
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = _linear(x, self._weight, self._bias, "none", [], "")
+        return y
+
+    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = _linear_binary(x, residual, self._weight, self._bias, "add")
+        return y
+
+    def silu(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = _linear(x, self._weight, self._bias, "swish", [], "")
+        return y
+
+    def times(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = _linear_binary(x, factor, self._weight, self._bias, "mul")
+        return y
+
+
+class _PackedGatedLinear:
+    __slots__ = ("_gate", "_up")
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        gate, up = weight.chunk(2)
+        gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
+        self._gate = _PackedLinear(gate, gate_bias)
+        self._up = _PackedLinear(up, up_bias)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._up.times(x, self._gate.silu(x))
+
+
+class PackedKernels(ReferenceKernels):
+    """See `Kernels`."""
+
+    description = "torch with oneDNN packed weights"
+    packs_weights = True
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        return _PackedLinear(weight, bias)
+
+    def gated_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> GatedLinear:
+        return _PackedGatedLinear(weight, bias)

@@ -1,0 +1,78 @@
+"""The operations in plain torch: right on every device and in every dtype, and what faster ones are tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from workers.kernels.seam import GatedLinear, Linear
+
+__all__ = ["ReferenceKernels"]
+
+
+class _Linear:
+    __slots__ = ("_bias", "_weight")
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return residual.add_(F.linear(x, self._weight, self._bias))
+
+
+class _GatedLinear:
+    __slots__ = ("_gate_up",)
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._gate_up = _Linear(weight, bias)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self._gate_up(x).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+
+class ReferenceKernels:
+    """See `Kernels`."""
+
+    description = "torch"
+    packs_weights = False
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        return _Linear(weight, bias)
+
+    def gated_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> GatedLinear:
+        return _GatedLinear(weight, bias)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
+
+    def rotate_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        rolled = torch.roll(x, x.shape[-1] // 2, -1)
+        x.mul_(cos).addcmul_(rolled, sin)
+
+    def attend_decode(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        # The queries that share a kv head are rows of one small matrix: no key or value is repeated.
+        sequences, heads, width = q.shape
+        kv_heads = k.shape[2]
+        grouped = q.view(sequences, kv_heads, heads // kv_heads, width)
+        out = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        return out.reshape(sequences, heads * width)
+
+    def attend_prefill(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1).unsqueeze(0),
+            k.transpose(0, 1).unsqueeze(0),
+            v.transpose(0, 1).unsqueeze(0),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=True,
+        )
+        return out.squeeze(0).transpose(0, 1).reshape(q.shape[0], -1)

@@ -1,0 +1,78 @@
+"""What a model asks of the device it runs on.
+
+Shape suffixes: T tokens of the step, B sequences that decode, C context length, H query heads, K key-value heads,
+G = H / K, D width of a head. Every operation has a plain torch reference (`reference.py`) that a faster version must
+match; `select.py` chooses once.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+__all__ = ["GatedLinear", "Kernels", "Linear"]
+
+
+class Linear(Protocol):
+    """`x @ weight.T + bias` for x [T, in]."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The same plus `residual` [T, out], which may be overwritten."""
+        ...
+
+
+class GatedLinear(Protocol):
+    """`silu(x @ gate.T) * (x @ up.T)`, each with its bias, for x [T, in]."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class Kernels(Protocol):
+    """The operations of a dense model, for one dtype on one device."""
+
+    @property
+    def description(self) -> str:
+        """In words for `shoal status`."""
+        ...
+
+    @property
+    def packs_weights(self) -> bool:
+        """Whether a linear layer keeps a copy in its own layout instead of the weight it was given."""
+        ...
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        """Takes `weight` [out, in] over: the caller must not keep it unless it means to hold it twice."""
+        ...
+
+    def gated_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> GatedLinear:
+        """`weight` [2 * inner, in] holds gate above up."""
+        ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """Normalised over the last dimension (Zhang and Sennrich, arXiv 1910.07467), the mean square in fp32."""
+        ...
+
+    def rotate_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Rotates x [T, heads, D] in place by a `RotaryTable`'s rows [T, 1, D]."""
+        ...
+
+    def attend_decode(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """One query token for each of B sequences: q [B, H, D], k and v [B, C, K, D], gives [B, H * D].
+
+        `mask` [B, 1, 1, C] is added to the scores, in the dtype of q.
+        """
+        ...
+
+    def attend_prefill(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """T query tokens of one sequence: q [T, H, D], k and v [C, K, D], gives [T, H * D].
+
+        `mask` [T, C] is added to the scores; None is the causal mask of C = T.
+        """
+        ...

@@ -1,0 +1,162 @@
+"""What a dense checkpoint's config.json says, checked and in our words.
+
+Supported: `llama`, `qwen2` and `qwen3`. Both ways of writing rotary embeddings are read: `rope_theta` with
+`rope_scaling` (transformers 4) and `rope_parameters` (transformers 5). This file needs no torch, so that configuration
+code may read a model's sizes cheaply.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from workers.model.fields import Fields
+
+__all__ = ["SUPPORTED", "ModelConfig", "RopeConfig", "read_config"]
+
+SUPPORTED = ("llama", "qwen2", "qwen3")
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeConfig:
+    """Rotary embedding: `type` is "default", "linear", "llama3" or "yarn"; the rest matters only where it says so."""
+
+    type: str = "default"
+    theta: float = 10000.0
+    factor: float = 1.0  # linear, llama3, yarn
+    original_max_position_embeddings: int = 0  # llama3, yarn
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    attention_factor: float | None = None  # yarn; None: from factor (and mscale)
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Sizes and switches of a dense decoder."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool  # of the attention's output projection
+    mlp_bias: bool
+    qk_norm: bool  # RMS norm of each query and key head before the rotation
+    dtype: str  # what the checkpoint says it was saved in
+
+    @property
+    def architecture(self) -> str:
+        """In words, such as "llama, 30 layers of 576"."""
+        return f"{self.model_type}, {self.num_layers} layers of {self.hidden_size}"
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Reads `folder`/config.json.
+
+    Raises ValueError naming the field at fault, or the supported architectures where it is another one.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not a model folder: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return parse_config(raw)
+
+
+def parse_config(raw: Mapping[str, object]) -> ModelConfig:
+    """The checked form of a parsed config.json; see `read_config`."""
+    fields = Fields(raw)
+    model_type = fields.text("model_type", "")
+    if model_type not in SUPPORTED:
+        found = model_type or "none given"
+        raise ValueError(f"config.json: model_type {found!r} is not supported; supported: {', '.join(SUPPORTED)}")
+    _refuse_what_is_not_built(fields)
+    attention_bias = fields.flag("attention_bias", False)
+    num_heads = fields.size("num_attention_heads")
+    hidden_size = fields.size("hidden_size")
+    config = ModelConfig(
+        model_type=model_type,
+        vocab_size=fields.size("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=fields.size("intermediate_size"),
+        num_layers=fields.size("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=fields.size("num_key_value_heads", num_heads),
+        # qwen3's own default is 128 whatever the hidden size
+        head_dim=fields.size("head_dim", 128 if model_type == "qwen3" else max(1, hidden_size // num_heads)),
+        max_position_embeddings=fields.size("max_position_embeddings", 2048 if model_type == "llama" else 32768),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rope=_rope(fields),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+        qkv_bias=model_type == "qwen2" or attention_bias,
+        output_bias=model_type != "qwen2" and attention_bias,
+        mlp_bias=model_type == "llama" and fields.flag("mlp_bias", False),
+        qk_norm=model_type == "qwen3",
+        dtype=fields.text("dtype", fields.text("torch_dtype", "float32")),
+    )
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(
+            f"config.json: num_attention_heads {config.num_heads} must be a multiple of num_key_value_heads "
+            f"{config.num_kv_heads}"
+        )
+    if config.head_dim % 2:
+        raise ValueError(f"config.json: head_dim must be even, not {config.head_dim}")
+    return config
+
+
+def _refuse_what_is_not_built(fields: Fields) -> None:
+    activation = fields.text("hidden_act", "silu")
+    if activation != "silu":
+        raise ValueError(f"config.json: hidden_act {activation!r} is not supported; supported: silu")
+    layer_types = fields.texts("layer_types")
+    if fields.flag("use_sliding_window", False) and (not layer_types or "sliding_attention" in layer_types):
+        raise ValueError("config.json: use_sliding_window is not supported; only full attention is")
+    if fields.section("quantization_config"):
+        raise ValueError("config.json: quantization_config is not supported; use an unquantized checkpoint")
+
+
+def _rope(fields: Fields) -> RopeConfig:
+    rope = fields.section("rope_parameters") or fields.section("rope_scaling") or Fields({})
+    name = rope.text("rope_type", rope.text("type", "default"))
+    if name not in _ROPE_TYPES:
+        raise ValueError(f"config.json: rope_type {name!r} is not supported; supported: {', '.join(_ROPE_TYPES)}")
+    partial = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise ValueError(f"config.json: partial_rotary_factor {partial} is not supported; only 1.0 is")
+    positions = fields.size("max_position_embeddings", 2048)
+    original = rope.size("original_max_position_embeddings", fields.size("original_max_position_embeddings", positions))
+    return RopeConfig(
+        type=name,
+        theta=rope.number("rope_theta", fields.number("rope_theta", 10000.0)),
+        # some yarn checkpoints leave the factor to the ratio of the lengths
+        factor=rope.number("factor", positions / original if name == "yarn" else 1.0 if name == "default" else None),
+        original_max_position_embeddings=original,
+        low_freq_factor=rope.number("low_freq_factor", None if name == "llama3" else 1.0),
+        high_freq_factor=rope.number("high_freq_factor", None if name == "llama3" else 4.0),
+        attention_factor=rope.optional_number("attention_factor"),
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        mscale=rope.optional_number("mscale"),
+        mscale_all_dim=rope.optional_number("mscale_all_dim"),
+        truncate=rope.flag("truncate", True),
+    )

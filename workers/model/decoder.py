@@ -1,0 +1,71 @@
+"""The decoder: embedding, layers of attention and MLP, final norm, output head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from workers.cache import KVCache, LayerCache
+from workers.inputs import StepTensors
+from workers.model.norm import RMSNorm
+from workers.model.parallel_linear import Embedding, Head
+from workers.model.rope import RotaryTable
+
+__all__ = ["Attention", "Decoder", "DecoderLayer"]
+
+
+class Attention(Protocol):
+    """A layer's attention block, residual included; what it keeps of a token is its own affair."""
+
+    @property
+    def cache_row(self) -> int:
+        """Elements that the cache keeps per token."""
+        ...
+
+    def __call__(
+        self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], step: StepTensors, cache: LayerCache
+    ) -> torch.Tensor: ...
+
+
+class DecoderLayer:
+    """An attention block and an MLP block; `mlp` is any x [T, hidden] to x [T, hidden] with its residual sum."""
+
+    __slots__ = ("attention", "mlp")
+
+    def __init__(self, attention: Attention, mlp: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.attention = attention
+        self.mlp = mlp
+
+
+class Decoder:
+    """A whole model, or one tensor rank's part of it."""
+
+    def __init__(
+        self, *, embedding: Embedding, layers: Sequence[DecoderLayer], norm: RMSNorm, head: Head, rotary: RotaryTable
+    ) -> None:
+        self._embedding = embedding
+        self._layers = tuple(layers)
+        self._norm = norm
+        self._head = head
+        self._rotary = rotary
+
+    @property
+    def cache_rows(self) -> list[int]:
+        """Elements per token that each layer keeps."""
+        return [layer.attention.cache_row for layer in self._layers]
+
+    def forward(self, step: StepTensors, cache: KVCache) -> torch.Tensor | None:
+        """Runs a step and fills the cache's slots.
+
+        Returns logits [rows that need them, vocabulary] at index 0 of the tensor axis and None at the others, or
+        logits of no rows where none need them.
+        """
+        x = self._embedding(step.token_ids)
+        rotation = self._rotary.rows(step.positions)
+        for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
+            x = layer.mlp(layer.attention(x, rotation, step, layer_cache))
+        if step.logit_rows is not None:
+            x = x.index_select(0, step.logit_rows)
+        return self._head(self._norm(x))

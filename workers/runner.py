@@ -1,0 +1,66 @@
+"""Runs steps on this rank: numbers in, logits out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from workers.cache import KVCache
+from workers.inputs import StepInputs, build_tensors
+from workers.model.config import ModelConfig
+from workers.model.decoder import Decoder
+
+__all__ = ["Report", "Runner"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What a rank made of its settings, for status and logs."""
+
+    architecture: str
+    dtype: str
+    device: str
+    kernels: str
+    collectives: str
+    weight_bytes: int
+    cache_bytes: int
+    num_blocks: int
+    block_size: int
+    bytes_read: int
+    load_s: float
+
+
+class Runner:
+    """One rank's part of a model with its cache. Not thread-safe: one step at a time."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        *,
+        model_config: ModelConfig,
+        report: Report,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._dtype = dtype
+        self._device = device
+        self.model_config = model_config
+        self.report = report
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the cache, the same on every rank of the tensor axis."""
+        return self._cache.num_blocks
+
+    @torch.inference_mode()
+    def forward(self, inputs: StepInputs) -> torch.Tensor | None:
+        """Logits [sum(num_logits), vocabulary] in the model's dtype and the plan's order; None but at tensor index 0.
+
+        Every rank of the tensor axis must run the same steps in the same order.
+        """
+        step = build_tensors(inputs, self._cache.block_size, dtype=self._dtype, device=self._device)
+        return self._decoder.forward(step, self._cache)
