@@ -12,7 +12,15 @@ from dataclasses import dataclass, field, replace
 from cluster.front_door.groups import GroupAddress
 from protos.shoal.v1 import admin_pb2
 
-__all__ = ["EngineReport", "FrontDoorReport", "Roster", "Snapshot"]
+__all__ = ["Claim", "EngineReport", "FrontDoorReport", "Roster", "Snapshot"]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """An engine given to a leader, and the last generation it is known to have had (0: none)."""
+
+    engine: str
+    generation: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,20 +82,22 @@ class Roster:
         self._front_doors: dict[str, tuple[FrontDoorReport, float]] = {}
         self._snapshot = Snapshot(0, (), False)
 
-    def claim(self, leader: str, engines: tuple[str, ...]) -> str | None:
+    def claim(self, leader: str, engines: tuple[str, ...]) -> Claim | None:
         """Gives `leader` one of `engines` that nobody leads: those that were led before come first, because their
         ranks may still live. None where there is none, or not yet."""
-        held = next((name for name, engine in self._engines.items() if engine.report.leader == leader), None)
-        if held is not None:
-            return held
+        for engine in self._engines.values():
+            if engine.report.leader == leader:
+                return _claim(engine.report)
         if self._clock() < self._settled_at_s:
             return None
         orphans = [name for name in engines if name in self._engines and not self._alive(self._engines[name])]
         unknown = [name for name in engines if name not in self._engines]
         for name in (*orphans, *unknown):
-            self._engines[name] = _Engine(EngineReport(engine=name, leader=leader), self._clock())
+            known = self._engines[name].report.status if name in self._engines else admin_pb2.EngineStatus()
+            report = EngineReport(engine=name, leader=leader, status=known)
+            self._engines[name] = _Engine(report, self._clock())
             self._refresh()
-            return name
+            return _claim(report)
         return None
 
     def report_engine(self, report: EngineReport) -> bool:
@@ -147,3 +157,7 @@ class Roster:
 
     def _set(self, **changes: object) -> None:
         self._snapshot = replace(self._snapshot, version=self._snapshot.version + 1, **changes)  # type: ignore[arg-type]
+
+
+def _claim(report: EngineReport) -> Claim:
+    return Claim(report.engine, report.status.generation)

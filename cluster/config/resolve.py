@@ -10,13 +10,16 @@ from cluster.config.machine import Machine
 from cluster.config.schema import Config, ParallelSection
 from cluster.config.sizes import parse_share_or_size, parse_size, show_size
 from cluster.models.folder import ModelFacts
+from workers.model.sharding import check_plan, tensor_sizes
 from workers.parallel.plan import ParallelPlan
 from workers.settings import EngineSettings
 
 __all__ = ["check_exposure", "engine_settings", "resolve_device", "resolve_dtype", "resolve_plan"]
 
-# Of the memory that is free after loading, what one machine's caches take together.
+# Of the memory that is free after loading: what the caches of all engines on one machine take together, and what
+# the cache of a GPU's one rank takes.
 _CACHE_SHARE = 0.5
+_GPU_CACHE_SHARE = 0.9
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -54,7 +57,7 @@ def _engine_settings(config: Config, model: ModelFacts, machine: Machine, name: 
         max_waiting=inference.max_waiting,
         block_size=inference.block_size,
         cache_bytes=None if auto_cache else parse_size(resources.cache_size, "resources.cache_size"),
-        memory_fraction=_CACHE_SHARE / ranks_here if device == "cpu" else 0.9,
+        memory_fraction=_CACHE_SHARE / config.cluster.engines if device == "cpu" else _GPU_CACHE_SHARE,
         memory_limit_bytes=memory_limit // ranks_here if device == "cpu" else None,
         deterministic=inference.deterministic,
         step_timeout_s=inference.step_timeout_s,
@@ -85,16 +88,7 @@ def resolve_plan(config: Config, model: ModelFacts, machine: Machine, device: st
         tensor=section.tensor,
         redundant_experts=section.redundant_experts,
     )
-    if not _divides(plan.tensor, model):
-        possible = [str(size) for size in range(1, model.num_attention_heads + 1) if _divides(size, model)]
-        raise ValueError(
-            f"parallel.tensor: {plan.tensor} does not divide the model's {model.num_attention_heads} attention heads "
-            f"and {model.num_key_value_heads} key-value heads; possible are {', '.join(possible)}"
-        )
-    if plan.pipeline > 1:
-        raise ValueError(f"parallel.pipeline: {plan.pipeline} stages are not served yet, only 1 is")
-    if plan.redundant_experts:
-        raise ValueError(f"parallel.redundant_experts: a {model.architecture} model has no routed experts")
+    check_plan(model.config, plan)
     if device == "cuda" and plan.num_ranks * config.cluster.engines > machine.gpus:
         raise ValueError(f"parallel: {plan} needs {plan.num_ranks} GPUs an engine, {machine.gpus} were found in all")
     return plan
@@ -105,8 +99,8 @@ def resolve_dtype(wanted: str, model: ModelFacts, machine: Machine, device: str)
     if wanted != "auto":
         return wanted
     if device == "cuda":
-        return model.dtype if model.dtype in _DTYPE_BYTES else "bfloat16"
-    return "bfloat16" if machine.fast_bfloat16 and model.dtype != "float32" else "float32"
+        return model.config.dtype if model.config.dtype in _DTYPE_BYTES else "bfloat16"
+    return "bfloat16" if machine.fast_bfloat16 and model.config.dtype != "float32" else "float32"
 
 
 def check_exposure(config: Config) -> None:
@@ -134,20 +128,18 @@ def _auto_tensor(config: Config, model: ModelFacts, machine: Machine, device: st
     if device == "cpu":
         return 1
     gpus = machine.gpus if config.resources.gpus == "auto" else config.resources.gpus
-    return max(size for size in range(1, max(1, gpus // config.cluster.engines) + 1) if _divides(size, model))
-
-
-def _divides(tensor: int, model: ModelFacts) -> bool:
-    return model.num_attention_heads % tensor == 0 and model.num_key_value_heads % tensor == 0
+    return max(
+        size for size in range(1, max(1, gpus // config.cluster.engines) + 1) if size in tensor_sizes(model.config)
+    )
 
 
 def _max_model_len(config: Config, model: ModelFacts) -> int:
     wanted = config.inference.max_model_len
     if wanted == "auto":
-        return model.max_position_embeddings
-    if wanted > model.max_position_embeddings:
+        return model.config.max_position_embeddings
+    if wanted > model.config.max_position_embeddings:
         raise ValueError(
-            f"inference.max_model_len: {wanted} is beyond the model's {model.max_position_embeddings} positions"
+            f"inference.max_model_len: {wanted} is beyond the model's {model.config.max_position_embeddings} positions"
         )
     return wanted
 
@@ -158,7 +150,7 @@ def _num_threads(config: Config, machine: Machine, ranks_here: int) -> int:
 
 
 def _check_weights_fit(model: ModelFacts, dtype: str, plan: ParallelPlan, engines: int, limit_bytes: int) -> None:
-    scale = _DTYPE_BYTES[dtype] / _DTYPE_BYTES.get(model.dtype, 2)
+    scale = _DTYPE_BYTES[dtype] / _DTYPE_BYTES.get(model.config.dtype, 2)
     copies = plan.data * engines
     needed = int(model.weight_bytes * scale * copies)
     if needed > limit_bytes:

@@ -1,0 +1,28 @@
+"""What our things are called in Ray."""
+
+from __future__ import annotations
+
+__all__ = ["APP", "NAMESPACE", "ROSTER", "engine_names", "placement_name", "rank_name", "rank_prefix"]
+
+NAMESPACE = "shoal"
+APP = "shoal"
+ROSTER = "roster"
+
+
+def engine_names(count: int) -> tuple[str, ...]:
+    """The engines of a cluster."""
+    return tuple(f"engine-{index}" for index in range(count))
+
+
+def placement_name(engine: str) -> str:
+    """The engine's placement group."""
+    return f"{NAMESPACE}/{engine}"
+
+
+def rank_prefix(engine: str) -> str:
+    """What the names of the engine's ranks begin with."""
+    return f"{engine}/rank-"
+
+
+def rank_name(engine: str, rank: int) -> str:
+    return f"{rank_prefix(engine)}{rank}"

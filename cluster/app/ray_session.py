@@ -1,0 +1,110 @@
+"""A Ray to run on: our own, on this machine and for this run alone, or a cluster that is there already."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from cluster.app.names import NAMESPACE
+from cluster.config.environment import has_auth_settings, set_variables
+
+__all__ = ["RaySession", "join_ray", "start_ray"]
+
+log = logging.getLogger(__name__)
+
+_LOOPBACK = "127.0.0.1"
+_MAX_FOLDER_CHARS = 40  # Ray puts sockets below it, whose whole path may have 107
+_OBJECT_STORE_BYTES = 100_000_000  # nothing large passes through Ray's store
+_END_TIMEOUT_S = 5.0
+
+
+@dataclass(slots=True)
+class RaySession:
+    """`folder` holds the logs, the sockets and the token of a Ray that is our own; None for one that we joined."""
+
+    folder: Path | None
+    gpus: int
+    cores: int
+
+    def end(self, *, keep_logs: bool = False) -> None:
+        """Leaves Ray; of our own nothing remains, be it that it has to be killed."""
+        import ray
+
+        started = psutil.Process().children(recursive=True) if self.folder is not None else []
+        ray.shutdown()
+        _, alive = psutil.wait_procs(started, timeout=_END_TIMEOUT_S)
+        kill(alive)
+        if self.folder is not None and not keep_logs:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def kill(self) -> None:
+        """The same, at once."""
+        if self.folder is not None:
+            kill(psutil.Process().children(recursive=True))
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    """SIGKILL, and wait until they are gone."""
+    for process in processes:
+        if process.is_running():
+            log.info("killing process %d, which did not end", process.pid)
+            process.kill()
+    psutil.wait_procs(processes, timeout=_END_TIMEOUT_S)
+
+
+def start_ray(num_cpus: int, cores: int) -> RaySession:
+    """Starts a Ray on loopback that only this user's processes with this run's token can speak to.
+
+    `num_cpus` is what Ray may give away; more than `cores` where ranks share them.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="shoal-"))
+    if len(str(folder)) > _MAX_FOLDER_CHARS:
+        folder.rmdir()
+        folder = Path(tempfile.mkdtemp(prefix="shoal-", dir="/tmp"))  # noqa: S108  # mkdtemp makes it private
+    if not has_auth_settings():
+        token = folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        set_variables({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
+    _quieten()
+    if num_cpus > cores:
+        log.info("%d cores are shared by ranks that ask for %d threads", cores, num_cpus)
+    import ray
+
+    ray.init(
+        address="local",
+        namespace=NAMESPACE,
+        num_cpus=max(num_cpus, cores),
+        object_store_memory=_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        _node_ip_address=_LOOPBACK,
+        _temp_dir=str(folder),
+    )
+    return RaySession(folder, int(ray.cluster_resources().get("GPU", 0)), cores)
+
+
+def join_ray(address: str) -> RaySession:
+    """Joins the cluster at `address`. Raises ConnectionError in one line."""
+    _quieten()
+    import ray
+
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConnectionError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from None
+    cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return RaySession(None, int(ray.cluster_resources().get("GPU", 0)), min([count for count in cores if count] or [1]))
+
+
+def _quieten() -> None:
+    """Ray reads these when it is imported."""
+    set_variables({"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0", "RAY_DEDUP_LOGS": "0"})

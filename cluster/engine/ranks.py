@@ -1,0 +1,62 @@
+"""The seam between a leader and its ranks: the real one is Ray's (`cluster.engine.placement`), tests have a fake."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from workers.rank import RankAddress, RankStatus
+
+__all__ = ["Rank", "RankLost", "RankRefused", "Ranks"]
+
+
+class RankLost(Exception):
+    """A rank died, hangs or does not answer: its engine must start again."""
+
+
+class RankRefused(Exception):
+    """A rank cannot do what its settings ask, however often it tries; the message is for the user."""
+
+
+class Rank(Protocol):
+    """One rank, in another process. Every call raises RankLost or RankRefused."""
+
+    async def open(self) -> RankAddress: ...
+
+    async def join(self, generation: int, store: tuple[str, int], addresses: Sequence[RankAddress]) -> None: ...
+
+    async def load(self) -> None: ...
+
+    async def load_progress(self) -> tuple[int, int]: ...
+
+    async def start(self) -> str | None:
+        """The address of the session server, at the first rank of each DP group."""
+        ...
+
+    async def probe(self, timeout_s: float) -> None: ...
+
+    async def status(self) -> RankStatus: ...
+
+    async def renew(self, lease_s: float) -> None: ...
+
+    async def drain(self, timeout_s: float) -> None: ...
+
+    async def lost(self) -> None:
+        """Comes back only by raising RankLost."""
+        ...
+
+
+class Ranks(Protocol):
+    """The ranks of one engine as Ray keeps them: named after the engine, outliving their leader."""
+
+    async def adopt(self) -> Sequence[Rank]:
+        """All the ranks of an earlier leader, if all of them live; else none."""
+        ...
+
+    async def place(self) -> Sequence[Rank]:
+        """New processes for all ranks, in order; nothing of old ones is left before."""
+        ...
+
+    async def clear(self) -> None:
+        """Ends every process and gives the resources back. Safe to repeat."""
+        ...

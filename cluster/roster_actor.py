@@ -1,0 +1,110 @@
+"""The roster as a named Ray actor. Everything it decides is in `cluster.roster`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import ray
+
+from cluster import logs
+from cluster.app.names import NAMESPACE, ROSTER
+from cluster.app.reap import reap_engine
+from cluster.roster import Claim, EngineReport, FrontDoorReport, Roster, Snapshot
+
+__all__ = ["LEASE_S", "RosterActor", "find_roster", "start_roster"]
+
+log = logging.getLogger(__name__)
+
+LEASE_S = 5.0
+REAP_AFTER_S = 30.0
+_TICK_S = 0.5
+
+
+class RosterActor:
+    """One in the cluster; calls are answered on one event loop, so the bookkeeping needs no lock."""
+
+    async def __init__(self, log_level: str) -> None:  # type: ignore[misc]  # Ray awaits it
+        logs.configure(log_level)
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        self._roster = Roster(
+            time.monotonic, lease_s=LEASE_S, reap_after_s=REAP_AFTER_S, settle_s=LEASE_S if again else 0.0
+        )
+        self._changed = asyncio.Condition()
+        self._version = self._roster.snapshot().version
+        self._ticking = asyncio.create_task(self._tick())
+
+    async def claim(self, leader: str, engines: tuple[str, ...]) -> Claim | None:
+        claim = self._roster.claim(leader, engines)
+        await self._announce()
+        return claim
+
+    async def report_engine(self, report: EngineReport) -> bool:
+        accepted = self._roster.report_engine(report)
+        await self._announce()
+        return accepted
+
+    async def release(self, leader: str) -> None:
+        self._roster.release(leader)
+        await self._announce()
+
+    async def report_front_door(self, report: FrontDoorReport) -> None:
+        self._roster.report_front_door(report)
+
+    async def remove_front_door(self, front_door: str) -> None:
+        self._roster.remove_front_door(front_door)
+
+    async def drain(self) -> None:
+        self._roster.drain()
+        await self._announce()
+
+    async def watch(self, version: int, timeout_s: float) -> Snapshot:
+        """The snapshot, as soon as its version is another than `version`, or after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: self._roster.snapshot().version != version)
+        except TimeoutError:
+            log.debug("no change in %.1f s", timeout_s)
+        return self._roster.snapshot()
+
+    async def overview(self) -> tuple[tuple[EngineReport, ...], tuple[FrontDoorReport, ...]]:
+        """What everyone last said of themselves."""
+        return self._roster.engines(), self._roster.front_doors()
+
+    async def _announce(self) -> None:
+        """Wakes the watchers where there is something new."""
+        version = self._roster.snapshot().version
+        if version != self._version:
+            self._version = version
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def _tick(self) -> None:
+        """Leases run out without anybody calling."""
+        while True:
+            await asyncio.sleep(_TICK_S)
+            await self._announce()
+            for engine in self._roster.take_abandoned():
+                log.warning("%s has had no leader for %.0f s: taking it down", engine, LEASE_S + REAP_AFTER_S)
+                await asyncio.to_thread(reap_engine, engine)
+
+
+def start_roster(log_level: str) -> Any:
+    """Starts the roster, or finds the one that is there."""
+    options = {
+        "name": ROSTER,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "max_restarts": -1,
+        "num_cpus": 0,
+        "max_concurrency": 1000,
+    }
+    return ray.remote(RosterActor).options(**options).remote(log_level)
+
+
+def find_roster() -> Any:
+    """The roster of the cluster this process belongs to. Raises ValueError where there is none."""
+    return ray.get_actor(ROSTER, namespace=NAMESPACE)
