@@ -79,7 +79,7 @@ _DISTRIBUTIONS = (
 
 
 class FrontDoorMetrics:
-    """A Prometheus collector, owned by the event loop; a scrape from another thread reads numbers at most one update old."""
+    """A Prometheus collector, owned by the event loop; a scrape from another thread reads slightly old numbers."""
 
     def __init__(self, model_name: str, clock: Clock) -> None:
         self.clock = clock

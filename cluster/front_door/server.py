@@ -1,0 +1,137 @@
+"""One front door: both doors over one desk, in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from opentelemetry import trace
+from prometheus_client import CollectorRegistry
+
+from cluster.front_door.auth import ApiKeys
+from cluster.front_door.chat_template import ChatTemplate
+from cluster.front_door.desk import Desk
+from cluster.front_door.groups import GroupAddress
+from cluster.front_door.grpc_server import GrpcServer, Status
+from cluster.front_door.limits import Limits
+from cluster.front_door.link import LinkOptions
+from cluster.front_door.links import Links
+from cluster.front_door.metrics import FrontDoorMetrics
+from cluster.front_door.model_card import ModelCard
+from cluster.front_door.text import Template, TextCodec
+from cluster.front_door.tokenizer import Tokenizer
+from scheduler.routing import POLICIES
+
+__all__ = ["FrontDoorServer", "FrontDoorSettings"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrontDoorSettings:
+    """`secret` is what DP groups demand. `api_keys` are clients' keys by name; without any, everybody may come in."""
+
+    front_door_id: str
+    secret: str
+    host: str = "127.0.0.1"
+    grpc_port: int = 9000
+    http_port: int | None = 8000  # None: no HTTP door
+    api_keys: Mapping[str, str] = field(default_factory=dict)
+    cors_origins: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    routing: str = "power-of-two"
+
+
+class FrontDoorServer:
+    """Make it inside the event loop that it is to run in."""
+
+    def __init__(
+        self,
+        settings: FrontDoorSettings,
+        *,
+        card: ModelCard,
+        codec: TextCodec,
+        template: Template | None = None,
+        registry: CollectorRegistry | None = None,
+        status: Status | None = None,
+        tracer: trace.Tracer | None = None,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.settings = settings
+        self.registry = registry or CollectorRegistry()
+        self.links = Links(
+            LinkOptions(front_door_id=settings.front_door_id, secret=settings.secret),
+            POLICIES[settings.routing](random.Random()),  # noqa: S311 - spreads load, keeps no secret
+        )
+        metrics = FrontDoorMetrics(card.name, loop)
+        metrics.watch(self.links)
+        metrics.register(self.registry)
+        self.desk = Desk(
+            card=card,
+            codec=codec,
+            template=template,
+            links=self.links,
+            limits=settings.limits,
+            metrics=metrics,
+            clock=loop,
+            tracer=tracer,
+        )
+        self._authenticate = ApiKeys(settings.api_keys)
+        self._grpc = GrpcServer(
+            self.desk,
+            authenticate=self._authenticate,
+            status=status,
+            max_message_bytes=settings.limits.max_message_bytes,
+        )
+        self.grpc_port = 0
+        self.http_port = 0
+
+    @classmethod
+    def from_folder(
+        cls,
+        settings: FrontDoorSettings,
+        folder: Path | str,
+        card: ModelCard,
+        *,
+        registry: CollectorRegistry | None = None,
+        status: Status | None = None,
+        tracer: trace.Tracer | None = None,
+    ) -> FrontDoorServer:
+        """With the tokenizer and the chat template of a model folder. Raises ValueError naming the file at fault."""
+        return cls(
+            settings,
+            card=card,
+            codec=Tokenizer.from_folder(folder),
+            template=ChatTemplate.from_folder(folder),
+            registry=registry,
+            status=status,
+            tracer=tracer,
+        )
+
+    @property
+    def num_open(self) -> int:
+        return self.desk.num_open
+
+    def ready(self) -> bool:
+        """Whether a call would be taken and run now."""
+        return self.desk.ready()
+
+    def set_groups(self, groups: Iterable[GroupAddress]) -> None:
+        """The roster's newest list of DP groups that can serve."""
+        self.links.set_groups(groups)
+
+    async def start(self) -> None:
+        """Opens the ports. Raises OSError naming the one that cannot be had."""
+        self.grpc_port = await self._grpc.start(self.settings.host, self.settings.grpc_port)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no new call and waits for the open ones; those still open after `timeout_s` are ended."""
+        await self._grpc.leave()
+        await self.desk.drain(timeout_s)
+
+    async def stop(self) -> None:
+        """Closes everything; call `drain` first to be polite."""
+        await self._grpc.stop(1.0)
+        await self.links.close()
+        self.desk.close()
