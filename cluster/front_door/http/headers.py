@@ -1,0 +1,87 @@
+"""What a request's headers say, and the middleware that answers for what nobody foresaw."""
+
+from __future__ import annotations
+
+import math
+import secrets
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.front_door.errors import InvalidRequest
+from cluster.front_door.http.calls import Asker
+from cluster.front_door.http.connection import ClientGone
+from cluster.front_door.http.faults import error_response
+from cluster.front_door.http.seam import Authenticate
+
+__all__ = ["Envelop", "asker"]
+
+REQUEST_ID = "x-request-id"
+TIMEOUT = "x-request-timeout"
+_MOST_ID_CHARS = 128
+
+
+class Envelop:
+    """Gives every answer a request id, the client's own where it sent one, and turns what was raised into an error.
+
+    Innermost of the middlewares, so that the answers for errors pass through the others.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(Headers(scope=scope))
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientGone:
+            return
+        except Exception as error:
+            if started:
+                raise
+            await error_response(error)(scope, receive, send_with_id)
+
+
+def asker(request: Request, authenticate: Authenticate | None) -> Asker:
+    """Raises Unauthenticated, PermissionDenied or InvalidRequest."""
+    headers = request.headers
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    token = token.strip() if scheme.lower() == "bearer" else ""
+    return Asker(
+        client=authenticate(token) if authenticate is not None else "",
+        timeout_s=_timeout_s(headers),
+        traceparent=headers.get("traceparent", ""),
+    )
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get(REQUEST_ID, "")
+    if 0 < len(given) <= _MOST_ID_CHARS and given.isascii() and given.isprintable():
+        return given
+    return f"req-{secrets.token_hex(16)}"
+
+
+def _timeout_s(headers: Headers) -> float | None:
+    given = headers.get(TIMEOUT)
+    if given is None:
+        return None
+    try:
+        timeout_s = float(given)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 < timeout_s < math.inf:
+        raise InvalidRequest(f"{TIMEOUT} must be a positive number of seconds, not {given[:40]!r}", field=TIMEOUT)
+    return timeout_s
