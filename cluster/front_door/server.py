@@ -16,6 +16,9 @@ from cluster.front_door.chat_template import ChatTemplate
 from cluster.front_door.desk import Desk
 from cluster.front_door.groups import GroupAddress
 from cluster.front_door.grpc_server import GrpcServer, Status
+from cluster.front_door.http.app import build_app
+from cluster.front_door.http.seam import HttpLimits
+from cluster.front_door.http_server import HttpServer
 from cluster.front_door.limits import Limits
 from cluster.front_door.link import LinkOptions
 from cluster.front_door.links import Links
@@ -77,13 +80,21 @@ class FrontDoorServer:
             clock=loop,
             tracer=tracer,
         )
-        self._authenticate = ApiKeys(settings.api_keys)
+        authenticate = ApiKeys(settings.api_keys)
         self._grpc = GrpcServer(
             self.desk,
-            authenticate=self._authenticate,
+            authenticate=authenticate,
             status=status,
             max_message_bytes=settings.limits.max_message_bytes,
         )
+        app = build_app(
+            self.desk,
+            registry=self.registry,
+            authenticate=authenticate,
+            cors_origin=settings.cors_origins,
+            limits=HttpLimits(max_body_bytes=settings.limits.max_message_bytes),
+        )
+        self._http = HttpServer(app) if settings.http_port is not None else None
         self.grpc_port = 0
         self.http_port = 0
 
@@ -124,6 +135,12 @@ class FrontDoorServer:
     async def start(self) -> None:
         """Opens the ports. Raises OSError naming the one that cannot be had."""
         self.grpc_port = await self._grpc.start(self.settings.host, self.settings.grpc_port)
+        if self._http is not None and self.settings.http_port is not None:
+            try:
+                self.http_port = await self._http.start(self.settings.host, self.settings.http_port)
+            except OSError:
+                await self.stop()
+                raise
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no new call and waits for the open ones; those still open after `timeout_s` are ended."""
@@ -132,6 +149,8 @@ class FrontDoorServer:
 
     async def stop(self) -> None:
         """Closes everything; call `drain` first to be polite."""
+        if self._http is not None:
+            await self._http.stop()
         await self._grpc.stop(1.0)
         await self.links.close()
         self.desk.close()
