@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import itertools
+import time
+from typing import Any, Protocol
 
 import torch
 
-__all__ = ["Collectives", "SingleRank"]
+from workers.parallel import shm
+
+__all__ = ["Collectives", "ProcessGroupCollectives", "SharedMemoryCollectives", "SingleRank"]
 
 
 class Collectives(Protocol):
@@ -32,11 +36,11 @@ class Collectives(Protocol):
         ...
 
     def gather(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The ranks' `x` joined along the last dimension at index 0; None at the others."""
+        """The ranks' `x`, of one shape, joined along the last dimension at index 0; None at the others."""
         ...
 
     def minimum(self, value: int) -> int:
-        """The smallest of the ranks' values."""
+        """The smallest of the ranks' values. Waits long: for agreements while loading, not for steps."""
         ...
 
 
@@ -55,3 +59,79 @@ class SingleRank:
 
     def minimum(self, value: int) -> int:
         return value
+
+
+class ProcessGroupCollectives:
+    """A process group, through deepspeed.comm: gloo between CPUs, NCCL between GPUs.
+
+    `step_group` gives up after the step timeout, `slow_group` only after the loading timeout.
+    """
+
+    def __init__(self, *, index: int, size: int, first_rank: int, step_group: Any, slow_group: Any, kind: str) -> None:
+        from deepspeed import comm  # heavy, and one rank alone needs none of it
+
+        self._comm = comm
+        self.index = index
+        self.size = size
+        self.kind = kind
+        self._first_rank = first_rank
+        self._step_group = step_group
+        self._slow_group = slow_group
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        self._comm.all_reduce(x, group=self._step_group)
+        return x
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor | None:
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.index == 0 else None
+        self._comm.gather(x, parts, dst=self._first_rank, group=self._step_group)
+        return None if parts is None else torch.cat(parts, dim=-1)
+
+    def minimum(self, value: int) -> int:
+        agreed = torch.tensor(value)
+        self._comm.all_reduce(agreed, op=self._comm.ReduceOp.MIN, group=self._slow_group)
+        return int(agreed)
+
+
+class SharedMemoryCollectives(ProcessGroupCollectives):
+    """The same with all-reduce in DeepSpeed's shared memory, which a dead peer would make wait for ever.
+
+    `blocked_s` says how long an all-reduce has been waiting; `release` ends that wait from another thread, and the
+    all-reduce raises RuntimeError.
+    """
+
+    def __init__(self, *, index: int, size: int, first_rank: int, step_group: Any, slow_group: Any, kind: str) -> None:
+        super().__init__(
+            index=index, size=size, first_rank=first_rank, step_group=step_group, slow_group=slow_group, kind=kind
+        )
+        self._buffers = shm.mapped_buffers()
+        assert len(self._buffers) == size, f"{len(self._buffers)} shared buffers for {size} ranks"
+        self._entered_s: float | None = None
+        self._released = False
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return super().all_reduce(x)  # the op would leave it as it is
+        x = x.contiguous()
+        self._entered_s = time.monotonic()
+        if not self._released:
+            self._comm.inference_all_reduce(x, group=self._step_group)
+        self._entered_s = None
+        if self._released:
+            raise RuntimeError("a peer left the shared-memory all-reduce")
+        return x
+
+    def blocked_s(self) -> float:
+        """Seconds that the all-reduce in progress has taken; 0 where there is none."""
+        entered_s = self._entered_s
+        return 0.0 if entered_s is None else time.monotonic() - entered_s
+
+    def release(self) -> None:
+        """Makes every all-reduce fail from now on, and the one that waits return."""
+        self._released = True
+        attempts = itertools.count()
+        while self._entered_s is not None:
+            shm.release_waiters(self._buffers, self.index, next(attempts))
+            time.sleep(0.0005)  # the waiting thread must see a value before the next one overwrites it

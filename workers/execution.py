@@ -1,0 +1,117 @@
+"""A step on the ranks of a DP group: the first rank sends the plan, all run it, the first one samples."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from typing import Protocol
+
+import torch
+
+from protos.shoal.v1 import session_pb2
+from scheduler.plan import StepPlan, StepResult
+from workers.inputs import StepInputs
+from workers.parallel.channel import PlanReceiver, PlanSender
+from workers.sampler import Sampler
+from workers.spans import record_step
+
+__all__ = ["FirstRank", "Follower", "Forward"]
+
+log = logging.getLogger(__name__)
+
+
+class Forward(Protocol):
+    """The part of a runner that a step needs."""
+
+    def forward(self, inputs: StepInputs) -> torch.Tensor | None: ...
+
+
+class FirstRank:
+    """The first rank's side; `sender` is None in a group of one."""
+
+    def __init__(self, runner: Forward, sender: PlanSender | None) -> None:
+        self._runner = runner
+        self._sender = sender
+        self._sampler = Sampler()
+
+    def run(self, plan: StepPlan, traceparent: str) -> StepResult:
+        """Raises whatever keeps the step from ending; the group is broken then."""
+        inputs = StepInputs.from_plan(plan)
+        if self._sender is not None:
+            message = inputs.to_proto()
+            message.traceparent = traceparent
+            self._sender.send(message)
+        logits = self._runner.forward(inputs)
+        assert logits is not None, "no logits at the first rank"
+        return self._sampler.sample(logits, plan)
+
+    def dismiss(self) -> None:
+        """Tells the followers that no step follows; one that has gone already need not hear it."""
+        if self._sender is None:
+            return
+        with contextlib.suppress(OSError):
+            self._sender.send(session_pb2.StepPlan(generation=self._sender.generation, stop=True))
+
+
+class Follower:
+    """Another rank's side: a thread that runs what it is told until it is told to stop."""
+
+    def __init__(self, runner: Forward, receiver: PlanReceiver, *, rank: int) -> None:
+        self._runner = runner
+        self._receiver = receiver
+        self._rank = rank
+        self._lock = threading.Lock()
+        self._reason: str | None = None
+        self._dismissed = False
+        self._thread = threading.Thread(target=self._loop, name="follower", daemon=True)
+
+    @property
+    def reason(self) -> str | None:
+        """Why it no longer follows; None while it does."""
+        return self._reason
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def fail(self, reason: str) -> None:
+        """From any thread; the first reason counts."""
+        with self._lock:
+            if self._reason is not None:
+                return
+            self._reason = reason
+        log.log(logging.INFO if self._dismissed else logging.ERROR, "rank %d no longer follows: %s", self._rank, reason)
+        self._receiver.hang_up()
+
+    def stop(self, timeout_s: float) -> None:
+        """Waits for the thread, which ends with the plan channel."""
+        self.fail("stopped")
+        self._thread.join(timeout_s)
+
+    def _loop(self) -> None:
+        try:
+            while self._reason is None:
+                message = self._receiver.receive()
+                if message.stop:
+                    self._dismissed = True
+                    self.fail("dismissed")
+                    return
+                self._follow(message)
+        except Exception as error:
+            if self._reason is None:
+                log.debug("follower", exc_info=True)
+            self.fail(f"{type(error).__name__}: {error}")
+
+    def _follow(self, message: session_pb2.StepPlan) -> None:
+        start_ns = time.time_ns() if message.traceparent else 0
+        self._runner.forward(StepInputs.from_proto(message))
+        if message.traceparent:
+            record_step(
+                message.traceparent,
+                rank=self._rank,
+                step=message.step,
+                num_tokens=len(message.token_ids),
+                num_sequences=len(message.num_tokens),
+                start_ns=start_ns,
+            )

@@ -1,0 +1,289 @@
+"""The step loop of a DP group: one thread that owns the batcher.
+
+    plan = batcher.schedule()
+    result = run(plan)
+    events = batcher.commit(plan, result)
+
+Others talk to it by its inbox (`submit`, `cancel`) and hear from it through outlets, one batch per step. It sleeps
+while there is no work. Once `run` fails, or `fail` says that it never will return, everything open ends as FAILED
+and the loop is broken for good: a new generation has a new loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import Protocol
+
+from scheduler.batcher import Batcher, BatcherLoad
+from scheduler.plan import Event, FinishReason, StepPlan, StepResult
+from scheduler.request import Request, SamplingParams
+from workers.spans import SequenceSpans, record_step
+
+__all__ = ["STOPPED", "Broken", "Outlet", "StepBatch", "StepLoop"]
+
+log = logging.getLogger(__name__)
+
+STOPPED = "stopped"
+_FAILED = "the engine failed"
+
+
+class Broken(RuntimeError):
+    """The loop has ended; the message says why, for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """What a step, or what happened before one, means for an outlet."""
+
+    step: int
+    events: list[Event]
+    load: BatcherLoad
+
+
+class Outlet(Protocol):
+    """Who hears of sequences. Called from the loop's thread and others; must not block."""
+
+    def deliver(self, batch: StepBatch) -> None: ...
+
+    def broken(self) -> None:
+        """Nothing follows: the loop is broken, and every open sequence was delivered as FAILED."""
+        ...
+
+
+@dataclass(slots=True)
+class _Open:
+    outlet: Outlet | None
+    spans: SequenceSpans | None
+    traceparent: str
+    num_output_tokens: int
+
+
+def _failed(key: str, num_output_tokens: int, error: str = _FAILED) -> Event:
+    return Event(key=key, position=num_output_tokens, finish=FinishReason.FAILED, error=error)
+
+
+class StepLoop:
+    """`run` executes a plan on all ranks of the group; its second argument is a traceparent to record under."""
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        run: Callable[[StepPlan, str], StepResult],
+        *,
+        rank: int,
+        clock: Callable[[], float],
+        on_broken: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._batcher = batcher
+        self._run = run
+        self._rank = rank
+        self.clock = clock
+        self._on_broken = on_broken
+        self._outlets: list[Outlet] = []
+        self._inbox: list[Callable[[], None]] = []
+        self._inbox_changed = threading.Condition()
+        self._stopping = False
+        # Guards the batcher and what follows, which are the loop thread's own but for `fail`. Never held in a step.
+        self._state = threading.Condition()
+        self._open: dict[str, _Open] = {}
+        self._num_traced = 0
+        self._step = 0
+        self._load = batcher.load()
+        self._broken: str | None = None
+        self._draining = False
+        self._probes: set[threading.Event] = set()
+        self._probe_numbers = count()
+        self._thread = threading.Thread(target=self._loop, name="step-loop", daemon=True)
+
+    @property
+    def reason(self) -> str | None:
+        """Why the loop is broken; None while it is not."""
+        return self._broken
+
+    @property
+    def load(self) -> BatcherLoad:
+        """As of the last step."""
+        return self._load
+
+    def attach(self, outlet: Outlet) -> None:
+        """`outlet` hears of every step's load, and of the loop's end. Before `start`."""
+        self._outlets.append(outlet)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: Request, outlet: Outlet | None = None) -> None:
+        """Queue a sequence whose key no open one has; `outlet` hears of it. From any thread."""
+        self._tell(lambda: self._submit(request, outlet))
+
+    def cancel(self, key: str) -> None:
+        """End a sequence that is still open: as CANCELLED, unless it ends otherwise before. From any thread."""
+        self._tell(lambda: self._cancel(key))
+
+    def probe(self, timeout_s: float) -> float:
+        """Seconds until a token came through every rank of the group: its own or, in a busy group, another's.
+
+        Raises Broken, or TimeoutError where no step makes a token in time.
+        """
+        started_s = time.monotonic()
+        done = threading.Event()
+        key = f"probe:{next(self._probe_numbers)}"
+        with self._state:
+            self._probes.add(done)
+        sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+        self.submit(
+            Request(key=key, prompt_token_ids=(0,), sampling=sampling, arrival_s=self.clock(), priority=-(2**31))
+        )
+        came = done.wait(timeout_s)
+        with self._state:
+            self._probes.discard(done)
+        self.cancel(key)
+        if self._broken is not None:
+            raise Broken(self._broken)
+        if not came:
+            raise TimeoutError(f"no token came through the group in {timeout_s:g} s")
+        return time.monotonic() - started_s
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take nothing new and wait until all is answered; False where that takes longer."""
+        with self._state:
+            self._draining = True
+            return self._state.wait_for(lambda: not self._open, timeout_s)
+
+    def stop(self, timeout_s: float) -> None:
+        """End the thread after the step in progress, or leave it in its step; what is open ends as FAILED."""
+        with self._inbox_changed:
+            self._stopping = True
+            self._inbox_changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        self.fail(STOPPED)
+
+    def fail(self, reason: str) -> None:
+        """End everything open as FAILED and break the loop, even while a step hangs. From any thread."""
+        with self._state:
+            if self._broken is not None:
+                return
+            self._broken = reason
+            log.log(logging.INFO if reason == STOPPED else logging.ERROR, "step loop ends: %s", reason)
+            # The batcher is not asked: a step may hang in flight, or the batcher's own mistake have brought us here.
+            self._deliver([_failed(key, entry.num_output_tokens) for key, entry in self._open.items()])
+            for outlet in self._outlets:
+                outlet.broken()
+            for probe in self._probes:
+                probe.set()
+        self._turn_away()
+        if reason != STOPPED:
+            self._on_broken()
+
+    def _tell(self, action: Callable[[], None]) -> None:
+        with self._inbox_changed:
+            if self._broken is None:
+                self._inbox.append(action)
+                self._inbox_changed.notify()
+                return
+        with self._state:
+            action()
+
+    def _loop(self) -> None:
+        while True:
+            with self._inbox_changed:
+                while not (self._inbox or self._stopping or self._broken or self._batcher.has_work):
+                    self._inbox_changed.wait()
+                if self._stopping or self._broken:
+                    break
+                inbox, self._inbox = self._inbox, []
+            try:
+                self._once(inbox)
+            except Exception as error:
+                log.exception("step %d failed", self._step)
+                self.fail(f"{type(error).__name__}: {error}")
+
+    def _turn_away(self) -> None:
+        """Answers what came in while the loop broke, and wakes its thread."""
+        with self._inbox_changed:
+            inbox, self._inbox = self._inbox, []
+            self._inbox_changed.notify()
+        with self._state:
+            for action in inbox:
+                action()
+
+    def _once(self, inbox: list[Callable[[], None]]) -> None:
+        """At most one step."""
+        with self._state:
+            for action in inbox:
+                action()
+            plan = None if self._broken else self._batcher.schedule()
+            if events := self._batcher.take_events():
+                self._deliver(events)
+            traceparent = self._traceparent(plan) if plan is not None and self._num_traced else ""
+        if plan is None:
+            return
+        start_ns = time.time_ns() if traceparent else 0
+        result = self._run(plan, traceparent)
+        if traceparent:
+            record_step(
+                traceparent,
+                rank=self._rank,
+                step=plan.step,
+                num_tokens=plan.num_tokens,
+                num_sequences=len(plan.sequences),
+                start_ns=start_ns,
+            )
+        with self._state:
+            if self._broken is not None:
+                return
+            self._step = plan.step
+            events = self._batcher.commit(plan, result)
+            self._deliver([*events, *self._batcher.take_events()], step=True)
+            if self._probes and any(made.token_id is not None for made in result.sequences):
+                for probe in self._probes:
+                    probe.set()
+
+    def _submit(self, request: Request, outlet: Outlet | None) -> None:
+        num_output_tokens = len(request.output_token_ids)
+        if outlet is not None and (self._broken is not None or self._draining):
+            error = _FAILED if self._broken is not None else "the engine is draining"
+            outlet.deliver(StepBatch(self._step, [_failed(request.key, num_output_tokens, error)], self._load))
+            return
+        spans = SequenceSpans(request, rank=self._rank) if request.traceparent else None
+        self._num_traced += spans is not None
+        self._open[request.key] = _Open(outlet, spans, request.traceparent, num_output_tokens)
+        self._batcher.submit(request)
+
+    def _cancel(self, key: str) -> None:
+        if self._broken is None:
+            self._batcher.cancel(key)
+
+    def _deliver(self, events: list[Event], *, step: bool = False) -> None:
+        if self._broken is None:
+            self._load = self._batcher.load()
+        batches: dict[int, tuple[Outlet, list[Event]]] = {}
+        if step:
+            batches = {id(outlet): (outlet, []) for outlet in self._outlets}
+        for event in events:
+            entry = self._open[event.key]
+            entry.num_output_tokens += event.token_id is not None
+            if entry.spans is not None:
+                entry.spans.see(event)
+            if entry.outlet is not None:
+                batches.setdefault(id(entry.outlet), (entry.outlet, []))[1].append(event)
+            if event.finish is not None:
+                del self._open[event.key]
+                self._num_traced -= entry.spans is not None
+        for outlet, part in batches.values():
+            outlet.deliver(StepBatch(self._step, part, self._load))
+        if not self._open:
+            self._state.notify_all()
+
+    def _traceparent(self, plan: StepPlan) -> str:
+        """Of a traced sequence whose prompt this step computes, if there is one."""
+        for sequence in plan.sequences:
+            if sequence.num_computed < sequence.num_prompt_tokens and (found := self._open[sequence.key].traceparent):
+                return found
+        return ""

@@ -1,0 +1,204 @@
+"""The plan channel: the first rank of a DP group tells the others what to run.
+
+One TCP connection per follower carries length-prefixed protobuf. Both ends prove that they hold the cluster's
+secret before anything else is read: each answers the other's random challenge with an HMAC-SHA256 over the
+challenges, its own role, the generation and the rank, so an answer serves no other connection, and a rank of an
+old generation is refused. What follows is not authenticated message by message.
+
+A follower sends nothing after the handshake. A connection that can be read at the first rank, or that hangs up at
+a follower, therefore means that the other process has gone; `hung_up` waits for exactly that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import secrets
+import select
+import socket
+import struct
+import time
+from collections.abc import Mapping
+
+from protos.shoal.v1 import session_pb2
+
+__all__ = ["ChannelRefused", "PlanListener", "PlanReceiver", "PlanSender"]
+
+_MAGIC = b"shoal-plan-1"
+_HELLO = struct.Struct(f"!{len(_MAGIC)}sQI32s")  # magic, generation, rank, the follower's challenge
+_ANSWER = struct.Struct("!32s32s")  # the first rank's challenge, its proof
+_LENGTH = struct.Struct("!I")
+_PROOF_SIZE = 32
+_MAX_MESSAGE_BYTES = 64 << 20
+_HANDSHAKE_TIMEOUT_S = 10.0
+_ACCEPTED = b"\x01"
+
+
+class ChannelRefused(RuntimeError):
+    """The other end does not hold the secret, or is of another generation."""
+
+
+def _proof(secret: bytes, role: bytes, generation: int, rank: int, mine: bytes, theirs: bytes) -> bytes:
+    message = role + struct.pack("!QI", generation, rank) + mine + theirs
+    return hmac.digest(secret, message, "sha256")
+
+
+def _read(connection: socket.socket, size: int) -> bytes:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        count = connection.recv_into(view, len(view), socket.MSG_WAITALL)
+        if not count:
+            raise ConnectionError("the other end of the plan channel has gone")
+        view = view[count:]
+    return bytes(data)
+
+
+def _shut_down(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it is closed, or its peer has gone already
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+class PlanListener:
+    """The first rank's listening socket; it outlives generations."""
+
+    def __init__(self, host: str) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.create_server((host, 0), family=family)
+
+    @property
+    def port(self) -> int:
+        port: int = self._socket.getsockname()[1]
+        return port
+
+    def accept(self, ranks: set[int], *, generation: int, secret: bytes, timeout_s: float) -> PlanSender:
+        """Waits for exactly these ranks; strangers are refused meanwhile. Raises TimeoutError naming who is missing."""
+        deadline_s = time.monotonic() + timeout_s
+        found: dict[int, socket.socket] = {}
+        while missing := ranks - found.keys():
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                for connection in found.values():
+                    connection.close()
+                raise TimeoutError(f"ranks {sorted(missing)} did not open the plan channel in {timeout_s:g} s")
+            self._socket.settimeout(left_s)
+            with contextlib.suppress(TimeoutError):
+                connection, _ = self._socket.accept()
+                rank = _admit(connection, missing, generation, secret)
+                if rank is not None:
+                    found[rank] = connection
+        return PlanSender(generation, found)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _admit(connection: socket.socket, ranks: set[int], generation: int, secret: bytes) -> int | None:
+    """The first rank's half of the handshake; None, and the connection closed, for whoever fails it."""
+    connection.settimeout(_HANDSHAKE_TIMEOUT_S)
+    try:
+        magic, their_generation, rank, theirs = _HELLO.unpack(_read(connection, _HELLO.size))
+        if magic == _MAGIC and their_generation == generation and rank in ranks:
+            mine = secrets.token_bytes(32)
+            connection.sendall(_ANSWER.pack(mine, _proof(secret, b"first", generation, rank, mine, theirs)))
+            expected = _proof(secret, b"follower", generation, rank, theirs, mine)
+            if hmac.compare_digest(_read(connection, _PROOF_SIZE), expected):
+                connection.sendall(_ACCEPTED)
+                connection.settimeout(None)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return int(rank)
+    except OSError:
+        pass  # a stranger that hangs up, stalls or sends too little is refused like one with a wrong proof
+    connection.close()
+    return None
+
+
+class PlanSender:
+    """The first rank's end. Owned by the step loop."""
+
+    def __init__(self, generation: int, connections: Mapping[int, socket.socket]) -> None:
+        self.generation = generation
+        self._connections = dict(connections)
+
+    def send(self, plan: session_pb2.StepPlan) -> None:
+        """Raises OSError where a follower has gone."""
+        payload = plan.SerializeToString()
+        if len(payload) > _MAX_MESSAGE_BYTES:
+            raise ValueError(f"a plan of {len(payload)} bytes exceeds the channel's {_MAX_MESSAGE_BYTES}")
+        message = _LENGTH.pack(len(payload)) + payload
+        for connection in self._connections.values():
+            connection.sendall(message)
+
+    def hung_up(self, timeout_s: float) -> list[int]:
+        """The ranks that have gone, as soon as there is one; empty after `timeout_s`."""
+        poll = select.poll()
+        ranks = {connection.fileno(): rank for rank, connection in self._connections.items()}
+        for descriptor in ranks:
+            poll.register(descriptor, select.POLLIN | select.POLLRDHUP)
+        return sorted(ranks[descriptor] for descriptor, _ in poll.poll(timeout_s * 1000))
+
+    def hang_up(self) -> None:
+        """Ends the channel for both ends and for whoever waits here. From any thread."""
+        for connection in self._connections.values():
+            _shut_down(connection)
+
+    def close(self) -> None:
+        self.hang_up()
+        for connection in self._connections.values():
+            connection.close()
+
+
+class PlanReceiver:
+    """A follower's end. Owned by the follower's loop."""
+
+    def __init__(self, generation: int, connection: socket.socket) -> None:
+        self.generation = generation
+        self._connection = connection
+
+    @classmethod
+    def connect(
+        cls, host: str, port: int, *, rank: int, generation: int, secret: bytes, timeout_s: float
+    ) -> PlanReceiver:
+        """Raises ChannelRefused, or OSError where nobody answers."""
+        connection = socket.create_connection((host, port), timeout=timeout_s)
+        try:
+            mine = secrets.token_bytes(32)
+            connection.sendall(_HELLO.pack(_MAGIC, generation, rank, mine))
+            theirs, proof = _ANSWER.unpack(_read(connection, _ANSWER.size))
+            if not hmac.compare_digest(proof, _proof(secret, b"first", generation, rank, theirs, mine)):
+                raise ChannelRefused("the first rank does not hold the cluster's secret")
+            connection.sendall(_proof(secret, b"follower", generation, rank, mine, theirs))
+            _read(connection, len(_ACCEPTED))
+        except ConnectionError as error:
+            connection.close()
+            raise ChannelRefused(f"the first rank refused rank {rank} of generation {generation}") from error
+        except BaseException:
+            connection.close()
+            raise
+        connection.settimeout(None)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return cls(generation, connection)
+
+    def receive(self) -> session_pb2.StepPlan:
+        """Blocks for the next plan. Raises ConnectionError at the end, ChannelRefused for another generation's plan."""
+        (size,) = _LENGTH.unpack(_read(self._connection, _LENGTH.size))
+        if size > _MAX_MESSAGE_BYTES:
+            raise ChannelRefused(f"a plan of {size} bytes exceeds the channel's {_MAX_MESSAGE_BYTES}")
+        plan = session_pb2.StepPlan.FromString(_read(self._connection, size))
+        if plan.generation != self.generation:
+            raise ChannelRefused(f"a plan of generation {plan.generation} in generation {self.generation}")
+        return plan
+
+    def hung_up(self, timeout_s: float) -> bool:
+        """True as soon as the first rank has gone, even with plans unread; False after `timeout_s`."""
+        poll = select.poll()
+        poll.register(self._connection.fileno(), select.POLLRDHUP)
+        return bool(poll.poll(timeout_s * 1000))
+
+    def hang_up(self) -> None:
+        """Ends the channel for both ends and for whoever waits here. From any thread."""
+        _shut_down(self._connection)
+
+    def close(self) -> None:
+        self.hang_up()
+        self._connection.close()

@@ -1,0 +1,268 @@
+"""One rank: a worker process as its leader sees it.
+
+    open -> join -> load -> start -> (probe, status, renew ...) -> drain -> stop
+
+The methods are synchronous and may be called from several threads: `load_progress`, `status`, `renew` and `probe`
+answer while another call works. ValueError means that the settings cannot work here, however often they are tried;
+everything else is a failure that a new attempt may cure.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from protos.shoal.v1 import session_pb2
+from scheduler.batcher import Batcher, BatcherSettings
+from workers.assemble import assemble
+from workers.execution import FirstRank, Follower
+from workers.group import Membership
+from workers.lease import Lease
+from workers.loop import STOPPED, Broken, StepLoop
+from workers.parallel.channel import PlanListener
+from workers.report import LoadReport, RankAddress, RankState, RankStatus
+from workers.runner import Runner
+from workers.session import SessionServer
+from workers.settings import EngineSettings
+from workers.watch import PeerWatch
+
+__all__ = ["Broken", "LoadReport", "Rank", "RankAddress", "RankState", "RankStatus"]
+
+log = logging.getLogger(__name__)
+
+_JOIN_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 5.0
+# Python hands the interpreter from thread to thread this often: the step loop must not wait 5 ms, the default, for
+# the session server after every operation that releases it.
+_SWITCH_INTERVAL_S = 0.0005
+
+
+def _leave() -> None:
+    os._exit(0)
+
+
+class Rank:
+    """`on_start` runs first of all in `open`: the place to install telemetry. `on_lapse` ends the process."""
+
+    def __init__(
+        self,
+        rank: int,
+        settings: EngineSettings,
+        secret: bytes,
+        *,
+        on_start: Callable[[], None] | None = None,
+        on_lapse: Callable[[], None] = _leave,
+    ) -> None:
+        self.rank = rank
+        self.settings = settings
+        self.place = settings.plan.place(rank)
+        self._secret = secret
+        self._on_start = on_start
+        self._lease = Lease(on_lapse)
+        self._state = RankState.NEW
+        self._host = ""
+        self._generation = 0
+        self._progress = (0, 0)
+        self._listener: PlanListener | None = None
+        self._membership: Membership | None = None
+        self._runner: Runner | None = None
+        self._execution: FirstRank | None = None
+        self._loop: StepLoop | None = None
+        self._follower: Follower | None = None
+        self._session: SessionServer | None = None
+        self._session_address = ""
+        self._watch: PeerWatch | None = None
+
+    def open(self, host: str) -> RankAddress:
+        """Prepares the process, which others reach at the address `host`."""
+        if self._on_start is not None:
+            self._on_start()
+        torch.set_num_threads(self.settings.num_threads)
+        if torch.get_num_interop_threads() != 1:
+            torch.set_num_interop_threads(1)
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        self._host = host
+        if self.place.first_in_group and self.settings.plan.group_size > 1:
+            self._listener = PlanListener(host)
+        self._state = RankState.OPEN
+        return RankAddress(self.rank, host, self._listener.port if self._listener else 0, os.getpid())
+
+    def join(self, generation: int, store_host: str, store_port: int, addresses: Sequence[RankAddress]) -> None:
+        """Meets all ranks of the engine, whose `addresses` come in order of rank; all must be called together."""
+        self._membership = Membership.join(
+            self.settings,
+            self.rank,
+            generation=generation,
+            store=(store_host, store_port),
+            addresses=addresses,
+            listener=self._listener,
+            secret=self._secret,
+            timeout_s=_JOIN_TIMEOUT_S,
+        )
+        self._generation = generation
+        self._state = RankState.JOINED
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> LoadReport:
+        """Reads the weights and makes the cache; all ranks of a DP group must be called together."""
+        assert self._membership is not None, "load before join"
+        self._state = RankState.LOADING
+
+        def note(done: int, total: int) -> None:
+            self._progress = (done, total)
+            if progress is not None:
+                progress(done, total)
+
+        self._runner = assemble(self.settings, self.place, self._membership.groups.tensor, progress=note)
+        self._state = RankState.LOADED
+        report = self._runner.report
+        log.info("rank %d: loaded in %.1f s, %d blocks", self.rank, report.load_s, report.num_blocks)
+        return LoadReport(
+            load_s=report.load_s,
+            bytes_read=report.bytes_read,
+            weight_bytes=report.weight_bytes,
+            cache_bytes=report.cache_bytes,
+            num_blocks=report.num_blocks,
+        )
+
+    def load_progress(self) -> tuple[int, int]:
+        """Bytes read, and bytes to read in all; zeros before it is known."""
+        return self._progress
+
+    def start(self) -> str | None:
+        """Begins to run steps; the address of the session server at the first rank of a DP group."""
+        membership, runner = self._membership, self._runner
+        assert membership is not None, "start before join"
+        assert runner is not None, "start before load"
+        address = None
+        if self.place.first_in_group:
+            address = self._lead(membership, runner)
+        else:
+            self._follow(membership, runner)
+        if self.settings.plan.group_size > 1:
+            self._watch = membership.watch(self.settings, self._peer_gone)
+            self._watch.start()
+        self._state = RankState.RUNNING
+        return address
+
+    def probe(self, timeout_s: float) -> float:
+        """Seconds that a real token took through every rank of this first rank's group.
+
+        Raises Broken where the group has failed, TimeoutError where no token comes.
+        """
+        assert self._loop is not None, "probe before start, or not at the first rank of a group"
+        return self._loop.probe(timeout_s)
+
+    def status(self) -> RankStatus:
+        settings = self.settings
+        report = self._runner.report if self._runner is not None else None
+        reason = self._reason()
+        kind = self._membership.groups.tensor.kind if self._membership is not None else ""
+        return RankStatus(
+            rank=self.rank,
+            dp_group=self.place.dp_group,
+            state=RankState.BROKEN if reason and self._state is RankState.RUNNING else self._state,
+            reason=reason or "",
+            host=self._host,
+            pid=os.getpid(),
+            generation=self._generation,
+            device=report.device if report else settings.device,
+            dtype=settings.dtype,
+            threads=settings.num_threads,
+            weight_bytes=report.weight_bytes if report else 0,
+            cache_bytes=report.cache_bytes if report else 0,
+            num_blocks=report.num_blocks if report else 0,
+            block_size=settings.block_size,
+            load_s=report.load_s if report else 0.0,
+            collectives=kind,
+            kernels=report.kernels if report else "",
+            session=self._session_address,
+            load=self._loop.load if self._loop is not None else None,
+            warnings=(f"rank {self.rank}: collectives over {kind}",) if kind.startswith("gloo (") else (),
+        )
+
+    def renew(self, lease_s: float) -> None:
+        """Keeps the process alive for `lease_s` from now; without a first call it lives on."""
+        self._lease.renew(lease_s)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Takes nothing new and waits for what is open; False where that takes longer."""
+        return self._loop.drain(timeout_s) if self._loop is not None else True
+
+    def stop(self) -> None:
+        """Ends every thread and connection; what is open ends as FAILED. Safe to repeat."""
+        self._lease.end()
+        if self._loop is not None:
+            was_broken = self._loop.reason is not None
+            self._loop.stop(_STOP_TIMEOUT_S)
+            if self._execution is not None and not was_broken:
+                self._execution.dismiss()
+        if self._session is not None:
+            self._session.stop()
+        if self._follower is not None:
+            self._follower.stop(_STOP_TIMEOUT_S)
+        if self._watch is not None:
+            self._watch.end()
+        if self._membership is not None:
+            self._membership.close()
+        if self._listener is not None:
+            self._listener.close()
+        self._membership = self._listener = self._session = None
+        self._state = RankState.STOPPED
+
+    def _lead(self, membership: Membership, runner: Runner) -> str:
+        settings = self.settings
+        batcher_settings = BatcherSettings(
+            max_batch_size=settings.max_batch_size,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_model_len=settings.max_model_len,
+            block_size=settings.block_size,
+            num_blocks=runner.num_blocks,
+            max_waiting=settings.max_waiting,
+        )
+        info = session_pb2.GroupInfo(
+            engine=settings.engine,
+            dp_group=self.place.dp_group,
+            model=settings.model_name,
+            max_model_len=settings.max_model_len,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_batch_size=settings.max_batch_size,
+            block_size=settings.block_size,
+            num_blocks=runner.num_blocks,
+        )
+        self._execution = FirstRank(runner, membership.sender)
+        batcher = Batcher(batcher_settings, clock=time.monotonic, generation=self._generation)
+        self._loop = StepLoop(
+            batcher, self._execution.run, rank=self.rank, clock=time.monotonic, on_broken=membership.hang_up
+        )
+        self._session = SessionServer(
+            self._loop,
+            host=self._host,
+            secret=self._secret,
+            generation=self._generation,
+            info=info,
+            vocab_size=runner.model_config.vocab_size,
+        )
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        self._session_address = f"{host}:{self._session.start()}"
+        self._loop.start()
+        return self._session_address
+
+    def _follow(self, membership: Membership, runner: Runner) -> None:
+        assert membership.receiver is not None
+        self._follower = Follower(runner, membership.receiver, rank=self.rank)
+        self._follower.start()
+
+    def _peer_gone(self, reason: str) -> None:
+        """At the first rank this ends the loop; a follower's own thread sees that its channel has ended."""
+        if self._loop is not None:
+            self._loop.fail(reason)
+
+    def _reason(self) -> str | None:
+        source = self._loop or self._follower
+        reason = source.reason if source is not None else None
+        return None if reason == STOPPED else reason

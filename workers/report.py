@@ -1,0 +1,70 @@
+"""What a rank tells its leader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from scheduler.batcher import BatcherLoad
+
+__all__ = ["LoadReport", "RankAddress", "RankState", "RankStatus"]
+
+
+class RankState(StrEnum):
+    """How far a rank has come."""
+
+    NEW = "new"
+    OPEN = "open"
+    JOINED = "joined"
+    LOADING = "loading"
+    LOADED = "loaded"
+    RUNNING = "running"
+    BROKEN = "broken"  # its group failed; it answers, and will run no step
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class RankAddress:
+    """Where a rank is. `plan_port` is 0 but for the first rank of a DP group that has others."""
+
+    rank: int
+    host: str
+    plan_port: int
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadReport:
+    """What loading made."""
+
+    load_s: float
+    bytes_read: int
+    weight_bytes: int
+    cache_bytes: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankStatus:
+    """A rank at this moment; what is not known yet is empty. `reason` says why a rank is broken."""
+
+    rank: int
+    dp_group: int
+    state: RankState
+    reason: str
+    host: str
+    pid: int
+    generation: int
+    device: str
+    dtype: str
+    threads: int
+    weight_bytes: int = 0
+    cache_bytes: int = 0
+    num_blocks: int = 0
+    block_size: int
+    load_s: float = 0.0
+    collectives: str = ""
+    kernels: str = ""
+    session: str = ""  # host:port at the first rank of a DP group
+    load: BatcherLoad | None = None
+    warnings: tuple[str, ...] = ()  # every fallback in force
