@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from cluster.front_door.auth import Authenticate
 from cluster.front_door.call import Call
 from cluster.front_door.errors import InvalidRequest, RequestError
 from cluster.front_door.http.batch import settle
@@ -28,7 +29,7 @@ from cluster.front_door.http.landing import landing_page
 from cluster.front_door.http.merge import open_all
 from cluster.front_door.http.parse import Body, check_content_type, parse
 from cluster.front_door.http.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from cluster.front_door.http.seam import Authenticate, DeskLike, HttpLimits
+from cluster.front_door.http.seam import DeskLike, HttpLimits
 from cluster.front_door.http.stream import Events, EventStream
 from cluster.front_door.http.style import Envelope, Style
 from cluster.front_door.model_card import ModelCard

@@ -9,11 +9,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.front_door.auth import Authenticate, key_in_metadata
 from cluster.front_door.errors import InvalidRequest
 from cluster.front_door.http.calls import Asker
 from cluster.front_door.http.connection import ClientGone
 from cluster.front_door.http.faults import error_response
-from cluster.front_door.http.seam import Authenticate
 
 __all__ = ["Envelop", "asker"]
 
@@ -58,10 +58,8 @@ class Envelop:
 def asker(request: Request, authenticate: Authenticate | None) -> Asker:
     """Raises Unauthenticated, PermissionDenied or InvalidRequest."""
     headers = request.headers
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    token = token.strip() if scheme.lower() == "bearer" else ""
     return Asker(
-        client=authenticate(token) if authenticate is not None else "",
+        client=authenticate(key_in_metadata(headers.items())) if authenticate is not None else "",
         timeout_s=_timeout_s(headers),
         traceparent=headers.get("traceparent", ""),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,10 +11,7 @@ from cluster.front_door.limits import Limits
 from cluster.front_door.model_card import ModelCard
 from cluster.front_door.text import TextCodec
 
-__all__ = ["Authenticate", "DeskLike", "HttpLimits"]
-
-Authenticate = Callable[[str], str]
-"""A bearer token (empty where none was sent) to the client's name; raises Unauthenticated or PermissionDenied."""
+__all__ = ["DeskLike", "HttpLimits"]
 
 
 class DeskLike(Protocol):
