@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -31,7 +30,7 @@ from cluster.front_door.http.parse import Body, check_content_type, parse
 from cluster.front_door.http.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from cluster.front_door.http.seam import DeskLike, HttpLimits
 from cluster.front_door.http.stream import Events, EventStream
-from cluster.front_door.http.style import Envelope, Style
+from cluster.front_door.http.style import Envelope, Style, to_json
 from cluster.front_door.model_card import ModelCard
 from cluster.front_door.validate import check_model
 
@@ -199,8 +198,7 @@ def _model_object(card: ModelCard) -> dict[str, object]:
 
 
 def _json(value: object, status: int = 200) -> Response:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return Response(text.encode(), status_code=status, media_type="application/json")
+    return Response(to_json(value).encode(), status_code=status, media_type="application/json")
 
 
 async def _failed(request: Request, error: Exception) -> Response:

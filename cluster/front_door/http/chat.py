@@ -6,7 +6,7 @@ from cluster.front_door.call import Chunk
 from cluster.front_door.http.gather import finish_name, stop_reason
 from cluster.front_door.http.logprobs import Spelling, chat_logprobs, prompt_logprobs
 from cluster.front_door.http.schema import ChatBody
-from cluster.front_door.http.style import quoted
+from cluster.front_door.http.style import ids_to_json, quoted
 from cluster.front_door.text import TextCodec
 
 __all__ = ["ChatStyle"]
@@ -21,7 +21,7 @@ class ChatStyle:
     def __init__(self, body: ChatBody, codec: TextCodec) -> None:
         self._body = body
         self._spelling = Spelling(codec, as_ids=bool(body.return_tokens_as_token_ids))
-        self._is_plain = not body.logprobs and not body.return_token_ids
+        self._is_plain = not body.logprobs
 
     def whole(self, at: int, chunk: Chunk) -> dict[str, object]:
         message: dict[str, object] = {"role": "assistant", "content": chunk.text, "refusal": None}
@@ -44,7 +44,8 @@ class ChatStyle:
         if not self._is_plain or chunk.finish is not None:
             return None
         text = quoted(chunk.text)
-        return f'{{"index":{chunk.index},"delta":{{"content":{text}}},"logprobs":null,"finish_reason":null}}'
+        ids = f',"token_ids":{ids_to_json(chunk.token_ids)}' if self._body.return_token_ids else ""
+        return f'{{"index":{chunk.index},"delta":{{"content":{text}}},"logprobs":null,"finish_reason":null{ids}}}'
 
     def extras(self, chunk: Chunk) -> dict[str, object]:
         extras: dict[str, object] = {}

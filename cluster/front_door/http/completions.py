@@ -11,7 +11,7 @@ from cluster.front_door.http.gather import finish_name, stop_reason
 from cluster.front_door.http.logprobs import LegacyLogprobs, Spelling, joined, prompt_logprobs
 from cluster.front_door.http.merge import Item
 from cluster.front_door.http.schema import CompletionBody
-from cluster.front_door.http.style import quoted
+from cluster.front_door.http.style import ids_to_json, quoted
 from cluster.front_door.text import TextCodec
 from scheduler.plan import FinishReason
 
@@ -32,7 +32,7 @@ class CompletionStyle:
         self._spelling = Spelling(codec, as_ids=bool(body.return_tokens_as_token_ids))
         self._logprobs: dict[int, LegacyLogprobs] = {}
         self._echoes = [self._prompt_text(call) for call in calls] if body.echo else []
-        self._is_plain = body.logprobs is None and not body.return_token_ids
+        self._is_plain = body.logprobs is None
 
     def whole(self, at: int, chunk: Chunk) -> dict[str, object]:
         return self._choice(at, chunk, first=True)
@@ -45,7 +45,8 @@ class CompletionStyle:
             return None
         text = quoted(chunk.text)
         index = at * self._n + chunk.index
-        return f'{{"index":{index},"text":{text},"logprobs":null,"finish_reason":null,"stop_reason":null}}'
+        ids = f',"token_ids":{ids_to_json(chunk.token_ids)}' if self._body.return_token_ids else ""
+        return f'{{"index":{index},"text":{text},"logprobs":null,"finish_reason":null,"stop_reason":null{ids}}}'
 
     def extras(self, chunk: Chunk) -> dict[str, object]:
         return {}

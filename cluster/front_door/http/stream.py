@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -15,7 +14,7 @@ from cluster.front_door.http.faults import error_body
 from cluster.front_door.http.gather import add_usage, usage_object
 from cluster.front_door.http.merge import Item
 from cluster.front_door.http.schema import StreamOptions
-from cluster.front_door.http.style import Envelope, Style
+from cluster.front_door.http.style import Envelope, Style, to_json
 
 __all__ = ["EventStream", "Events"]
 
@@ -48,15 +47,15 @@ class Events:
         self._begun.add(key)
         tail = self._each_usage(at, chunk) if self._with_each_usage else self._tail
         if extras:
-            tail = f"],{_json(extras)[1:-1]}{tail[1:]}"
+            tail = f"],{to_json(extras)[1:-1]}{tail[1:]}"
         parts = self._style.part(at, chunk, first=first)
-        return "".join(f"{self._head}{_json(part)}{tail}" for part in parts)
+        return "".join(f"{self._head}{to_json(part)}{tail}" for part in parts)
 
     def last(self) -> str:
         """What follows the last chunk."""
         if not self._with_usage:
             return _DONE
-        return f'{self._head}],"usage":{_json(usage_object(self._usage))}}}\n\n{_DONE}'
+        return f'{self._head}],"usage":{to_json(usage_object(self._usage))}}}\n\n{_DONE}'
 
     def _each_usage(self, at: int, chunk: Chunk) -> str:
         """Usage so far, on every event."""
@@ -64,7 +63,7 @@ class Events:
             self._num_prompt_tokens[at] = len(chunk.prompt_token_ids)
         self._num_tokens += len(chunk.token_ids)
         usage = Usage(sum(self._num_prompt_tokens.values()), self._num_tokens)
-        return f'],"usage":{_json(usage_object(usage))}}}\n\n'
+        return f'],"usage":{to_json(usage_object(usage))}}}\n\n'
 
 
 class EventStream(Response):
@@ -101,9 +100,5 @@ class EventStream(Response):
         except Exception as error:
             if not started or isinstance(error, ClientGone):
                 raise
-            tail = f"data: {_json(error_body(error)[1])}\n\n{_DONE}"
+            tail = f"data: {to_json(error_body(error)[1])}\n\n{_DONE}"
         await send({"type": "http.response.body", "body": tail.encode(), "more_body": False})
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -10,10 +10,18 @@ from typing import Protocol
 from cluster.front_door.call import Chunk, Usage
 from cluster.front_door.http.gather import usage_object
 
-__all__ = ["Envelope", "Style", "quoted"]
+__all__ = ["Envelope", "Style", "ids_to_json", "quoted", "to_json"]
 
 quoted = encode_basestring
 """A string as JSON, non-ASCII as it is."""
+
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+"""Any value as JSON, without spaces; made once, because making an encoder costs more than using it."""
+
+
+def ids_to_json(token_ids: tuple[int, ...]) -> str:
+    """A list of integers as JSON."""
+    return f"[{','.join(map(str, token_ids))}]"
 
 
 class Style(Protocol):
@@ -60,7 +68,7 @@ class Envelope:
 
     def head(self, style: Style) -> str:
         """The beginning of every event, up to its choices."""
-        fields = json.dumps(self._fields(style.event_kind), ensure_ascii=False, separators=(",", ":"))
+        fields = to_json(self._fields(style.event_kind))
         return f'data: {fields[:-1]},"choices":['
 
     def _fields(self, kind: str) -> dict[str, object]:
