@@ -29,10 +29,6 @@ class Burst:
     duration_s: float
     first_s: tuple[float, ...]  # from sending to the first message with a token, of each stream
 
-    @property
-    def tokens_per_s(self) -> float:
-        return self.num_tokens / self.duration_s
-
 
 class RawStreams:
     """One channel to a `Generate` method."""

@@ -15,7 +15,6 @@ import asyncio
 import random
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ import transformers
 from loadtest.client import ModelFacts, open_loop
 from loadtest.grpc_door import GrpcDoor
 from loadtest.peers.comparison import Figure, Findings, add_output_option, deliver
+from loadtest.peers.others import OtherCpu
 from loadtest.peers.server import DEFAULT_MODEL, serving
 from loadtest.workload import TokenPrompts, Work
 
@@ -114,16 +114,6 @@ async def _run_served(door: GrpcDoor, task: Task, prompts: list[tuple[int, ...]]
     return max(record.end_s for record in records) - min(record.intended_s for record in records)
 
 
-def _others_share(turn: Callable[[], float]) -> tuple[float, float]:
-    """A turn's seconds, and how many cores all other processes kept busy meanwhile."""
-    before, own_before = psutil.cpu_times(), psutil.Process().cpu_times()
-    duration_s = turn()
-    after, own_after = psutil.cpu_times(), psutil.Process().cpu_times()
-    busy_s = (sum(after) - after.idle - after.iowait) - (sum(before) - before.idle - before.iowait)
-    own_s = own_after.user + own_after.system - own_before.user - own_before.system
-    return duration_s, max(0.0, busy_s - own_s) / duration_s
-
-
 def measure(address: str, folder: Path, rounds: int) -> Findings:
     """Rounds of server, then transformers, for each task in turn; a round before them warms both up."""
     rng = random.Random(0)
@@ -141,7 +131,9 @@ def measure(address: str, folder: Path, rounds: int) -> Findings:
                 time.sleep(_SETTLE_S)
                 served_s = runner.run(_run_served(door, task, prompts))
                 time.sleep(_SETTLE_S)
-                peer_s, share = _others_share(lambda task=task, prompts=prompts: peer.run(task, prompts))  # type: ignore[misc]
+                others = OtherCpu([psutil.Process()])
+                peer_s = peer.run(task, prompts)
+                share = others.cores()
                 if number:
                     ours[task.what].append(task.counted / served_s)
                     peers[task.what].append(task.counted / peer_s)
