@@ -41,9 +41,10 @@ class FrontDoorReport:
 
     id: str
     node: str
+    pid: int = 0
     open_requests: int = 0
     ready: bool = False
-    draining: bool = False
+    drained: bool = False
     error: str = ""
     dp_groups: tuple[str, ...] = ()
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from cluster.config.environment import otlp_endpoint
 from cluster.config.schema import TelemetrySection
 
-__all__ = ["endpoint_of", "export_traces"]
+__all__ = ["endpoint_of", "export_traces", "flush"]
 
 
 def endpoint_of(section: TelemetrySection) -> str | None:
@@ -32,3 +32,12 @@ def export_traces(endpoint: str | None, service_name: str, attributes: Mapping[s
     exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https://"))
     provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=1000))
     trace.set_tracer_provider(provider)
+
+
+def flush(timeout_s: float = 2.0) -> None:
+    """Sends what has not been sent yet."""
+    from opentelemetry import trace
+
+    force_flush = getattr(trace.get_tracer_provider(), "force_flush", None)  # only the SDK's provider has it
+    if force_flush is not None:
+        force_flush(int(timeout_s * 1000))

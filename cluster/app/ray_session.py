@@ -67,7 +67,7 @@ def start_ray(num_cpus: int, cores: int) -> RaySession:
     folder = Path(tempfile.mkdtemp(prefix="shoal-"))
     if len(str(folder)) > _MAX_FOLDER_CHARS:
         folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="shoal-", dir="/tmp"))  # noqa: S108  # mkdtemp makes it private
+        folder = Path(tempfile.mkdtemp(prefix="shoal-", dir="/tmp"))  # mkdtemp makes it private
     if not has_auth_settings():
         token = folder / "token"
         token.touch(mode=0o600)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from workers.rank import RankAddress, RankStatus
+from workers.report import RankAddress, RankStatus
 
 __all__ = ["Rank", "RankLost", "RankRefused", "Ranks"]
 
@@ -33,13 +33,15 @@ class Rank(Protocol):
         """The address of the session server, at the first rank of each DP group."""
         ...
 
-    async def probe(self, timeout_s: float) -> None: ...
+    async def probe(self, timeout_s: float) -> float:
+        """Seconds of a token through every rank of a group; asked of its first rank."""
+        ...
 
     async def status(self) -> RankStatus: ...
 
     async def renew(self, lease_s: float) -> None: ...
 
-    async def drain(self, timeout_s: float) -> None: ...
+    async def drain(self, timeout_s: float) -> bool: ...
 
     async def lost(self) -> None:
         """Comes back only by raising RankLost."""

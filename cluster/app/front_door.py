@@ -1,0 +1,127 @@
+"""The `FrontDoor` deployment: a front door server, the roster's news for it, and its own for the roster."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import Any
+
+import ray
+from ray import serve
+
+from cluster import logs, telemetry
+from cluster.app.spec import ClusterSpec
+from cluster.app.status import status_response
+from cluster.front_door.server import FrontDoorServer, FrontDoorSettings
+from cluster.roster import FrontDoorReport
+from cluster.roster_actor import find_roster
+from protos.shoal.v1 import admin_pb2
+
+__all__ = ["FrontDoor", "front_door_deployment"]
+
+log = logging.getLogger(__name__)
+
+_WATCH_S = 1.0
+
+
+class FrontDoor:
+    """One replica. Serve places it, watches it and starts it again; no request of a client comes through Serve."""
+
+    async def __init__(self, spec: ClusterSpec, engine: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+        del engine  # bound only to make both deployments one application
+        logs.configure(spec.log_level)
+        self._spec = spec
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._node = ray.util.get_node_ip_address()
+        telemetry.export_traces(spec.otlp_endpoint, "shoal-front-door", {"service.instance.id": self._id})
+        self._roster = find_roster()
+        self._error = ""
+        self._drained: asyncio.Task[None] | None = None
+        self._server = FrontDoorServer.from_folder(
+            FrontDoorSettings(
+                front_door_id=self._id,
+                secret=spec.secret,
+                host=spec.host,
+                grpc_port=spec.grpc_port,
+                http_port=spec.http_port,
+                api_keys=spec.api_keys,
+                cors_origins=spec.cors_origins,
+            ),
+            spec.settings.model_path,
+            spec.card,
+            status=self.status,
+        )
+        try:
+            await self._server.start()
+        except OSError as error:
+            # Serve would only try again; the roster tells whoever started us.
+            self._error = str(error)
+        self._following = asyncio.get_running_loop().create_task(self._follow(), name="roster")
+
+    async def check_health(self) -> None:
+        """Serve's question. That it is answered shows that the event loop of both doors turns."""
+        if self._following.done():
+            self._following.result()
+            raise RuntimeError("the roster is not followed any more")
+
+    async def status(self) -> admin_pb2.StatusResponse:
+        """What `shoal status` shows."""
+        engines, front_doors = await self._roster.overview.remote()
+        return status_response(self._spec, engines, front_doors, self._server.links.links)
+
+    async def __del__(self) -> None:
+        """Serve's farewell: open calls are finished first."""
+        self._following.cancel()
+        await self._drain()
+        await self._server.stop()
+        await self._roster.remove_front_door.remote(self._id)
+
+    async def _follow(self) -> None:
+        version = -1
+        while True:
+            try:
+                await self._roster.report_front_door.remote(self._report())
+                snapshot = await self._roster.watch.remote(version, _WATCH_S)
+            except ray.exceptions.RayError as error:
+                # Ray starts it again; until then the groups that are known stay in use.
+                log.warning("the roster does not answer: %s", str(error).splitlines()[0])
+                await asyncio.sleep(_WATCH_S)
+                continue
+            if snapshot.version != version:
+                version = snapshot.version
+                self._server.set_groups(snapshot.groups)
+            if snapshot.draining and self._drained is None:
+                self._drained = asyncio.get_running_loop().create_task(self._drain(), name="drain")
+
+    async def _drain(self) -> None:
+        await self._server.drain(self._spec.drain_timeout_s)
+        await asyncio.to_thread(telemetry.flush)
+
+    def _report(self) -> FrontDoorReport:
+        links = self._server.links.links
+        return FrontDoorReport(
+            id=self._id,
+            node=self._node,
+            pid=os.getpid(),
+            open_requests=self._server.num_open,
+            ready=self._server.ready(),
+            drained=self._drained is not None and self._drained.done(),
+            error=self._error,
+            dp_groups=tuple(key for key, link in links.items() if link.ready),
+        )
+
+
+def front_door_deployment(spec: ClusterSpec) -> Any:
+    """The deployment, to be bound."""
+    return serve.deployment(
+        FrontDoor,
+        name="FrontDoor",
+        num_replicas=spec.front_doors,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=2.0,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_timeout_s=spec.drain_timeout_s + 5.0,
+        graceful_shutdown_wait_loop_s=0.1,
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )

@@ -1,0 +1,124 @@
+"""A run from its start to its end: the deployments up, their changes told, and everything taken down again."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+from cluster.app.announcer import Announcer
+from cluster.app.names import APP, engine_names
+from cluster.app.ray_session import RaySession
+from cluster.app.spec import ClusterSpec
+from cluster.engine.states import EngineState
+from cluster.roster import EngineReport, FrontDoorReport
+
+__all__ = ["Run", "StartError"]
+
+_LOOK_EVERY_S = 0.25
+_ROSTER_TIMEOUT_S = 10.0
+
+
+class StartError(Exception):
+    """The cluster cannot serve; the message is for the user."""
+
+
+class Run:
+    """Belongs to the main thread; `stop` may be set by anybody."""
+
+    def __init__(self, spec: ClusterSpec, session: RaySession, announcer: Announcer, stop: threading.Event) -> None:
+        self._spec = spec
+        self._session = session
+        self._announcer = announcer
+        self._stop = stop
+        self._roster: Any = None
+
+    def start(self) -> None:
+        """Deploys; engines and front doors come up side by side."""
+        from ray import serve
+
+        from cluster.app.front_door import front_door_deployment
+        from cluster.engine.deployment import engine_deployment
+        from cluster.roster_actor import start_roster
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        self._roster = start_roster(self._spec.log_level)
+        serve.start(proxy_location="Disabled")
+        engine = engine_deployment(self._spec).bind(self._spec)
+        serve.run(front_door_deployment(self._spec).bind(self._spec, engine), name=APP, route_prefix=None)
+
+    def wait_until_ready(self) -> bool:
+        """False where `stop` was set before. Raises StartError where it will never be."""
+        while not self._stop.is_set():
+            engines, front_doors = self._look()
+            self._raise_problems(engines, front_doors)
+            if self._all_ready(engines, front_doors):
+                return True
+            self._stop.wait(_LOOK_EVERY_S)
+        return False
+
+    def serve(self) -> None:
+        """Until `stop` is set. Raises StartError where every engine has failed for good."""
+        while not self._stop.wait(_LOOK_EVERY_S * 2):
+            engines, _ = self._look()
+            if engines and all(report.status.state == EngineState.FAILED for report in engines):
+                raise StartError(engines[0].error)
+
+    def drain(self) -> None:
+        """Front doors refuse what is new and finish what is open, within the configured time."""
+        import ray
+
+        if self._roster is None:
+            return
+        ray.get(self._roster.drain.remote(), timeout=_ROSTER_TIMEOUT_S)
+        give_up_s = time.monotonic() + self._spec.drain_timeout_s + 1.0
+        told = 0
+        while time.monotonic() < give_up_s:
+            _, front_doors = self._look()
+            if all(door.drained for door in front_doors):
+                return
+            num_open = sum(door.open_requests for door in front_doors)
+            if num_open and num_open != told:
+                told = num_open
+                self._announcer.line(f"finishing {num_open} open requests; Ctrl-C again stops at once")
+            time.sleep(_LOOK_EVERY_S)
+
+    def take_down(self) -> None:
+        """On a Ray that is not ours: the application, the ranks and the roster go. Ours goes as a whole."""
+        if self._session.folder is not None or self._roster is None:
+            return
+        import ray
+        from ray import serve
+
+        from cluster.app.reap import reap_engine
+
+        serve.delete(APP)
+        for engine in engine_names(self._spec.engines):
+            reap_engine(engine)
+        ray.kill(self._roster)
+
+    def _look(self) -> tuple[tuple[EngineReport, ...], tuple[FrontDoorReport, ...]]:
+        import ray
+
+        try:
+            engines, front_doors = ray.get(self._roster.overview.remote(), timeout=_ROSTER_TIMEOUT_S)
+        except ray.exceptions.RayError as error:
+            # Ray starts the roster again; what it knows comes back with the next reports.
+            logging.getLogger(__name__).warning("the roster does not answer: %s", str(error).splitlines()[0])
+            return (), ()
+        self._announcer.engines(engines)
+        return engines, front_doors
+
+    def _raise_problems(self, engines: tuple[EngineReport, ...], front_doors: tuple[FrontDoorReport, ...]) -> None:
+        for report in engines:
+            if report.status.state == EngineState.FAILED:
+                raise StartError(report.error)
+        for door in front_doors:
+            if door.error:
+                raise StartError(door.error)
+
+    def _all_ready(self, engines: tuple[EngineReport, ...], front_doors: tuple[FrontDoorReport, ...]) -> bool:
+        spec = self._spec
+        engines_ready = sum(report.status.state == EngineState.READY for report in engines) == spec.engines
+        return engines_ready and sum(door.ready for door in front_doors) == spec.front_doors

@@ -1,0 +1,30 @@
+"""What the processes of a run are told by the one that starts them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.front_door.model_card import ModelCard
+from workers.settings import EngineSettings
+
+__all__ = ["ClusterSpec"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterSpec:
+    """The same for every replica of every deployment; all in it is resolved."""
+
+    settings: EngineSettings
+    card: ModelCard
+    secret: str
+    api_keys: dict[str, str]
+    cors_origins: tuple[str, ...]
+    host: str
+    grpc_port: int
+    http_port: int
+    engines: int
+    front_doors: int
+    drain_timeout_s: float
+    log_level: str
+    otlp_endpoint: str | None
+    warnings: tuple[str, ...] = ()

@@ -1,0 +1,58 @@
+"""What `Admin.Status` answers: what leaders and front doors said of themselves, and the groups' loads as seen here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+
+from cluster.app.spec import ClusterSpec
+from cluster.front_door.link import Link
+from cluster.roster import EngineReport, FrontDoorReport
+from protos.shoal.v1 import admin_pb2
+
+__all__ = ["status_response"]
+
+
+def status_response(
+    spec: ClusterSpec,
+    engines: Sequence[EngineReport],
+    front_doors: Sequence[FrontDoorReport],
+    links: Mapping[str, Link],
+) -> admin_pb2.StatusResponse:
+    """For one front door; `links` are its own."""
+    response = admin_pb2.StatusResponse(version=version("shoal"), model=spec.card.name)
+    loads = {(link.address.engine, link.address.dp_group): link for link in links.values()}
+    for report in engines:
+        engine = response.engines.add()
+        engine.CopyFrom(report.status)
+        for group in engine.dp_groups:
+            if link := loads.get((report.engine, group.index)):
+                _add_load(group, link)
+    for door in front_doors:
+        response.front_doors.add(id=door.id, node=door.node, open_requests=door.open_requests, dp_groups=door.dp_groups)
+    response.warnings.extend(_warnings(spec, engines, front_doors))
+    return response
+
+
+def _add_load(group: admin_pb2.DPGroupStatus, link: Link) -> None:
+    load = link.load
+    group.num_running = load.num_running
+    group.num_waiting = load.num_waiting
+    group.num_free_blocks = load.num_free_blocks
+    group.num_blocks = load.num_blocks
+    group.block_size = link.info.block_size
+    group.num_preemptions = load.num_preemptions
+
+
+def _warnings(
+    spec: ClusterSpec, engines: Iterable[EngineReport], front_doors: Iterable[FrontDoorReport]
+) -> Iterator[str]:
+    yield from spec.warnings
+    for engine in engines:
+        if engine.error:
+            yield f"{engine.engine}: {engine.error}"
+        if engine.status.collectives.startswith("gloo ("):
+            yield f"{engine.engine}: tensor-parallel sums go over {engine.status.collectives}"
+    for door in front_doors:
+        if door.error:
+            yield f"front door {door.id}: {door.error}"

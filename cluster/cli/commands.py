@@ -1,0 +1,112 @@
+"""The commands and their options; what they do is in the modules beside."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Serve language models from one machine or many.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(help="Models by name.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
+
+class LogLevel(StrEnum):
+    """Of our own logs."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="A YAML file; options go before it.")]
+ModelsDirOption = Annotated[
+    Path | None, typer.Option(help="Where pulled models are kept (or SHOAL_MODELS_DIR).", show_default=False)
+]
+TargetOption = Annotated[str, typer.Option("--target", help="A front door's gRPC address.")]
+KeyOption = Annotated[str | None, typer.Option("--api-key", help="Sent as a bearer token.", show_default=False)]
+
+
+@app.command()
+def serve(
+    model_path: Annotated[
+        str | None,
+        typer.Option(help="A folder, a Hugging Face name, or a short name of `shoal models list`.", show_default=False),
+    ] = None,
+    config: ConfigOption = None,
+    port: Annotated[int | None, typer.Option(help="gRPC; 0 takes a free one. [9000]", show_default=False)] = None,
+    http_port: Annotated[int | None, typer.Option(help="HTTP; 0 takes a free one. [8000]", show_default=False)] = None,
+    host: Annotated[str | None, typer.Option(help="Where to listen. [127.0.0.1]", show_default=False)] = None,
+    log_level: Annotated[LogLevel | None, typer.Option(show_default=False)] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster; else a local Ray is started.", show_default=False)
+    ] = None,
+    models_dir: ModelsDirOption = None,
+    tensor: Annotated[int | None, typer.Option(help="Ranks that share each layer.", show_default=False)] = None,
+    data: Annotated[int | None, typer.Option(help="DP groups of an engine.", show_default=False)] = None,
+    engines: Annotated[int | None, typer.Option(help="Copies of the model.", show_default=False)] = None,
+    front_doors: Annotated[int | None, typer.Option(help="Front doors.", show_default=False)] = None,
+) -> None:
+    """Serve a model over gRPC and HTTP until Ctrl-C."""
+    from cluster.cli.serve import serve as run
+
+    options: dict[tuple[str, ...], object] = {
+        ("model", "path"): model_path,
+        ("model", "models_dir"): None if models_dir is None else str(models_dir),
+        ("cluster", "port"): port,
+        ("cluster", "http_port"): http_port,
+        ("cluster", "host"): host,
+        ("cluster", "address"): address,
+        ("cluster", "engines"): engines,
+        ("cluster", "front_doors"): front_doors,
+        ("parallel", "tensor"): tensor,
+        ("parallel", "data"): data,
+        ("telemetry", "log_level"): None if log_level is None else log_level.value,
+    }
+    run(config, {key: value for key, value in options.items() if value is not None})
+
+
+@models_app.command("list")
+def models_list(models_dir: ModelsDirOption = None) -> None:
+    """Show the short names, and which models are on this machine."""
+    from cluster.cli.models import show
+
+    show(models_dir)
+
+
+@models_app.command("pull")
+def models_pull(name: str, models_dir: ModelsDirOption = None) -> None:
+    """Fetch a model by its short name or its Hugging Face name; check it if it is here."""
+    from cluster.cli.models import pull
+
+    pull(name, models_dir)
+
+
+@app.command()
+def status(
+    target: TargetOption = "127.0.0.1:9000",
+    api_key: KeyOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Show engines, ranks and front doors of a running cluster."""
+    from cluster.cli.status import show
+
+    show(target, api_key, as_json=as_json)
+
+
+@app.command()
+def version() -> None:
+    """Show the version."""
+    from importlib.metadata import version as installed
+
+    typer.echo(installed("shoal"))

@@ -1,0 +1,120 @@
+"""The `Engine` deployment: a replica is one engine's leader."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray import serve
+
+from cluster import logs
+from cluster.app.names import engine_names
+from cluster.app.spec import ClusterSpec
+from cluster.engine.leader import Leader, StoreHost
+from cluster.engine.placement import RayRanks
+from cluster.engine.states import EngineState
+from cluster.roster import Claim, EngineReport
+from cluster.roster_actor import find_roster
+
+__all__ = ["Engine", "engine_deployment"]
+
+log = logging.getLogger(__name__)
+
+_REPORT_EVERY_S = 1.0
+_CLAIM_EVERY_S = 0.5
+
+
+class Engine:
+    """Claims an engine in the roster, leads it, and reports it; a replica that Serve starts anew does the same."""
+
+    async def __init__(self, spec: ClusterSpec) -> None:  # type: ignore[misc]  # Serve awaits it
+        logs.configure(spec.log_level)
+        self._spec = spec
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._roster = find_roster()
+        self._leader: Leader | None = None
+        self._changed = asyncio.Event()
+        self._task = asyncio.get_running_loop().create_task(self._lead(), name="leader")
+
+    async def check_health(self) -> None:
+        """Serve's question: whether this leader leads. A sick engine is its leader's business, not Serve's."""
+        if self._task.done():
+            self._task.result()
+            raise RuntimeError("this replica leads no engine any more")
+
+    async def __del__(self) -> None:
+        """Serve's farewell: the engine goes with its leader. (A leader that is killed leaves it to the next.)"""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        if self._leader is not None and self._leader.state is not EngineState.STOPPED:
+            await self._leader.drain(self._spec.drain_timeout_s)
+            await self._leader.stop()
+            await self._roster.release.remote(self._id)
+
+    async def _lead(self) -> None:
+        claim = await self._claim()
+        settings = replace(self._spec.settings, engine=claim.engine)
+        self._leader = Leader(
+            settings,
+            RayRanks(claim.engine, self._spec),
+            _host_store,
+            self._changed.set,
+            generation=claim.generation,
+        )
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._leader.run(), name="run")
+            tasks.create_task(self._report(self._leader, claim.engine), name="report")
+
+    async def _claim(self) -> Claim:
+        while True:
+            claim = await self._roster.claim.remote(self._id, engine_names(self._spec.engines))
+            if claim is not None:
+                return claim  # type: ignore[no-any-return]
+            await asyncio.sleep(_CLAIM_EVERY_S)
+
+    async def _report(self, leader: Leader, engine: str) -> None:
+        while True:
+            self._changed.clear()
+            report = EngineReport(
+                engine=engine,
+                leader=self._id,
+                groups=leader.groups(),
+                status=leader.status(),
+                progress=leader.progress,
+                error=leader.error,
+            )
+            try:
+                if not await self._roster.report_engine.remote(report):
+                    raise RuntimeError(f"{engine} has another leader")
+            except ray.exceptions.RayError as error:
+                # Ray starts it again, and the next report tells it everything.
+                log.warning("the roster does not answer: %s", str(error).splitlines()[0])
+            try:
+                async with asyncio.timeout(_REPORT_EVERY_S):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+
+def _host_store(host: str) -> StoreHost:
+    from workers.parallel.groups import host_store  # brings torch, which an engine of one rank does not need here
+
+    return host_store(host)
+
+
+def engine_deployment(spec: ClusterSpec) -> Any:
+    """The deployment, to be bound."""
+    return serve.deployment(
+        Engine,
+        name="Engine",
+        num_replicas=spec.engines,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=2.0,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_timeout_s=spec.drain_timeout_s + 10.0,
+        graceful_shutdown_wait_loop_s=0.1,
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )

@@ -1,0 +1,161 @@
+"""An engine's ranks as named, detached Ray actors in one named, detached placement group."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.app.names import NAMESPACE, placement_name, rank_name
+from cluster.app.reap import placement_groups_of, rank_names_of, reap_engine
+from cluster.app.spec import ClusterSpec
+from cluster.engine.rank_actor import RankActor
+from cluster.engine.ranks import Rank, RankLost, RankRefused
+from workers.report import RankAddress, RankStatus
+
+__all__ = ["RayRanks"]
+
+log = logging.getLogger(__name__)
+
+_CONCURRENCY = 8  # probe, status, renew, drain and load_progress beside a call that takes long, and `outlive`
+_PLACE_NOTE_S = 10.0
+_GONE_EVERY_S = 0.05
+_GONE_TIMEOUT_S = 30.0
+
+
+class RayRanks:
+    """The ranks of `engine`; see `cluster.engine.ranks.Ranks`."""
+
+    def __init__(self, engine: str, spec: ClusterSpec) -> None:
+        self._engine = engine
+        self._spec = spec
+        self._settings = replace(spec.settings, engine=engine)
+
+    async def adopt(self) -> Sequence[Rank]:
+        names = [rank_name(self._engine, rank) for rank in range(self._settings.plan.num_ranks)]
+        if set(await asyncio.to_thread(rank_names_of, self._engine)) != set(names):
+            return ()
+        try:
+            return [_RayRank(rank, ray.get_actor(name, namespace=NAMESPACE)) for rank, name in enumerate(names)]
+        except ValueError:
+            return ()  # one ended in between
+
+    async def place(self) -> Sequence[Rank]:
+        plan = self._settings.plan
+        bundle = {"GPU": 1} if self._settings.device == "cuda" else {"CPU": self._settings.num_threads}
+        group = placement_group(
+            [bundle] * plan.num_ranks, strategy="PACK", name=placement_name(self._engine), lifetime="detached"
+        )
+        await self._wait_for(group, bundle)
+        return [self._start(rank, group, bundle) for rank in range(plan.num_ranks)]
+
+    async def clear(self) -> None:
+        await asyncio.to_thread(self._clear)
+
+    def _clear(self) -> None:
+        """Ray ends processes in its own time: wait for it, because their names and memory are wanted again."""
+        reap_engine(self._engine)
+        give_up_s = time.monotonic() + _GONE_TIMEOUT_S
+        while self._remains():
+            if time.monotonic() > give_up_s:
+                raise TimeoutError(f"{self._engine}: Ray did not end the ranks in {_GONE_TIMEOUT_S:g} s")
+            time.sleep(_GONE_EVERY_S)
+
+    def _remains(self) -> bool:
+        return bool(rank_names_of(self._engine) or placement_groups_of(self._engine))
+
+    async def _wait_for(self, group: PlacementGroup, bundle: dict[str, int]) -> None:
+        """For as long as it takes: a node may be on its way."""
+        ready = asyncio.ensure_future(group.ready())
+        while not (await asyncio.wait({ready}, timeout=_PLACE_NOTE_S))[0]:
+            count = self._settings.plan.num_ranks
+            log.warning("%s waits for a cluster with room for %d x %s", self._engine, count, bundle)
+        try:
+            ready.result()
+        except RayError as error:
+            raise RankLost(f"no place for the ranks: {_first_line(error)}") from None
+
+    def _start(self, rank: int, group: PlacementGroup, bundle: dict[str, int]) -> Rank:
+        options = {
+            "name": rank_name(self._engine, rank),
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "max_restarts": 0,
+            "max_concurrency": _CONCURRENCY,
+            "num_cpus": bundle.get("CPU", 0),
+            "num_gpus": bundle.get("GPU", 0),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+        }
+        return _RayRank(rank, ray.remote(RankActor).options(**options).remote(rank, self._settings, self._spec))
+
+
+class _RayRank:
+    """Ray's errors in our words."""
+
+    def __init__(self, rank: int, actor: Any) -> None:
+        self._rank = rank
+        self._actor = actor
+
+    async def open(self) -> RankAddress:
+        return await self._ask(self._actor.open.remote())  # type: ignore[no-any-return]
+
+    async def join(self, generation: int, store: tuple[str, int], addresses: Sequence[RankAddress]) -> None:
+        await self._ask(self._actor.join.remote(generation, store, addresses))
+
+    async def load(self) -> None:
+        await self._ask(self._actor.load.remote())
+
+    async def load_progress(self) -> tuple[int, int]:
+        return await self._ask(self._actor.load_progress.remote())  # type: ignore[no-any-return]
+
+    async def start(self) -> str | None:
+        return await self._ask(self._actor.start.remote())  # type: ignore[no-any-return]
+
+    async def probe(self, timeout_s: float) -> float:
+        return await self._ask(self._actor.probe.remote(timeout_s))  # type: ignore[no-any-return]
+
+    async def status(self) -> RankStatus:
+        return await self._ask(self._actor.status.remote())  # type: ignore[no-any-return]
+
+    async def renew(self, lease_s: float) -> None:
+        await self._ask(self._actor.renew.remote(lease_s))
+
+    async def drain(self, timeout_s: float) -> bool:
+        return await self._ask(self._actor.drain.remote(timeout_s))  # type: ignore[no-any-return]
+
+    async def lost(self) -> None:
+        await self._ask(self._actor.outlive.remote())
+        raise RankLost(f"rank {self._rank} has ended")
+
+    async def _ask(self, answer: Any) -> Any:
+        try:
+            return await answer
+        except RayActorError as error:
+            raise RankLost(f"rank {self._rank} died: {_death(error)}") from None
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, ValueError | MemoryError):
+                raise RankRefused(_first_line(cause)) from None
+            raise RankLost(f"rank {self._rank}: {_first_line(cause or error)}") from None
+        except RayError as error:
+            raise RankLost(f"rank {self._rank} cannot be reached: {_first_line(error)}") from None
+
+
+def _death(error: RayActorError) -> str:
+    text = str(error)
+    if "out-of-memory" in text.lower() or "OOM" in text:
+        return "the machine ran out of memory"
+    return "its process is gone"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

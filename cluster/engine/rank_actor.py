@@ -1,0 +1,71 @@
+"""A rank's process: `workers.rank.Rank` as a Ray actor."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import ray
+
+from cluster import logs, telemetry
+from cluster.app.spec import ClusterSpec
+from cluster.config.environment import set_variables
+from workers.report import LoadReport, RankAddress, RankStatus
+from workers.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from workers.rank import Rank
+
+__all__ = ["RankActor"]
+
+
+class RankActor:
+    """Nothing but what Ray needs: threads to call from, and a call that ends with the process.
+
+    torch is imported here and not before: its thread pool takes its size from the environment at that moment.
+    """
+
+    def __init__(self, rank: int, settings: EngineSettings, spec: ClusterSpec) -> None:
+        logs.configure(spec.log_level)
+        set_variables({"OMP_NUM_THREADS": str(settings.num_threads)})
+        attributes: dict[str, str | int] = {"shoal.engine": settings.engine, "shoal.rank": rank}
+        telemetry.export_traces(spec.otlp_endpoint, "shoal-rank", attributes)
+        from workers.rank import Rank
+
+        self._rank: Rank = Rank(rank, settings, spec.secret.encode())
+        self._for_ever = threading.Event()
+
+    def open(self) -> RankAddress:
+        return self._rank.open(ray.util.get_node_ip_address())
+
+    def join(self, generation: int, store: tuple[str, int], addresses: Sequence[RankAddress]) -> None:
+        self._rank.join(generation, *store, addresses)
+
+    def load(self) -> LoadReport:
+        return self._rank.load()
+
+    def load_progress(self) -> tuple[int, int]:
+        return self._rank.load_progress()
+
+    def start(self) -> str | None:
+        return self._rank.start()
+
+    def probe(self, timeout_s: float) -> float:
+        return self._rank.probe(timeout_s)
+
+    def status(self) -> RankStatus:
+        return self._rank.status()
+
+    def renew(self, lease_s: float) -> None:
+        self._rank.renew(lease_s)
+
+    def drain(self, timeout_s: float) -> bool:
+        return self._rank.drain(timeout_s)
+
+    def stop(self) -> None:
+        self._rank.stop()
+
+    def outlive(self) -> None:
+        """Never comes back: who waits for it learns of the process's end at once."""
+        self._for_ever.wait()
