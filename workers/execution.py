@@ -13,6 +13,7 @@ import torch
 from protos.shoal.v1 import session_pb2
 from scheduler.plan import StepPlan, StepResult
 from workers.inputs import StepInputs
+from workers.loop import STOPPED
 from workers.parallel.channel import PlanReceiver, PlanSender
 from workers.sampler import Sampler
 from workers.spans import record_step
@@ -64,7 +65,6 @@ class Follower:
         self._rank = rank
         self._lock = threading.Lock()
         self._reason: str | None = None
-        self._dismissed = False
         self._thread = threading.Thread(target=self._loop, name="follower", daemon=True)
 
     @property
@@ -81,21 +81,22 @@ class Follower:
             if self._reason is not None:
                 return
             self._reason = reason
-        log.log(logging.INFO if self._dismissed else logging.ERROR, "rank %d no longer follows: %s", self._rank, reason)
+        log.log(
+            logging.INFO if reason == STOPPED else logging.ERROR, "rank %d no longer follows: %s", self._rank, reason
+        )
         self._receiver.hang_up()
 
     def stop(self, timeout_s: float) -> None:
-        """Waits for the thread, which ends with the plan channel."""
-        self.fail("stopped")
+        """Waits for the first rank to dismiss this one, or to go; then leaves."""
         self._thread.join(timeout_s)
+        self.fail(STOPPED)
 
     def _loop(self) -> None:
         try:
             while self._reason is None:
                 message = self._receiver.receive()
                 if message.stop:
-                    self._dismissed = True
-                    self.fail("dismissed")
+                    self.fail(STOPPED)
                     return
                 self._follow(message)
         except Exception as error:
