@@ -12,10 +12,11 @@ import pytest
 import torch
 import transformers
 
-from loadtest.peers import transformers_generate
+from loadtest.peers import serve_proxy, transformers_generate
 from loadtest.peers.child import child
 from loadtest.peers.group_stream import GroupStream
 from loadtest.peers.process_tree import MemorySampler, ProcessTree
+from tests.checkpoints import tiny_llama
 
 
 @contextmanager
@@ -93,3 +94,13 @@ def test_memory_counts_a_tree_even_when_its_root_is_gone() -> None:
     process.stdout.close()
     orphan.wait(10)
     assert tree.alive() == []
+
+
+def test_the_front_door_and_serves_proxy_stream_the_same(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path, max_position_embeddings=512)
+    findings = serve_proxy.measure(folder, num_streams=2, num_tokens=8, rounds=1)
+    tokens, messages, added = findings.figures
+    assert len(tokens.ours) == len(tokens.peers) == 1
+    assert messages.peers == tokens.peers, "Serve sends a message a token"
+    assert messages.ours[0] <= tokens.ours[0]
+    assert added.unit == "ms"
