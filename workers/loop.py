@@ -134,6 +134,8 @@ class StepLoop:
         done = threading.Event()
         key = f"probe:{next(self._probe_numbers)}"
         with self._state:
+            if self._broken is not None:
+                raise Broken(self._broken)
             self._probes.add(done)
         sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
         self.submit(
