@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 __all__ = ["configure"]
 
@@ -13,7 +14,7 @@ _OURS = ("cluster", "workers", "scheduler")
 
 def configure(level: str) -> None:
     """`level` applies to our own packages; of libraries only warnings are kept."""
-    handler = logging.StreamHandler()
+    handler = logging.StreamHandler(sys.__stderr__)  # Serve puts a filter of its own in place of sys.stderr
     handler.setFormatter(logging.Formatter(_FORMAT))
     root = logging.getLogger()
     root.handlers[:] = [handler]

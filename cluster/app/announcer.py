@@ -18,7 +18,7 @@ class Announcer:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
-        self._states: dict[str, tuple[str, int, str]] = {}
+        self._told: dict[str, str] = {}
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
         self._bars = Progress(*columns, console=self.console, transient=True)
         self._tasks: dict[str, TaskID] = {}
@@ -32,15 +32,17 @@ class Announcer:
         for report in reports:
             state, generation = EngineState(report.status.state), report.status.generation
             error = report.error if state in (EngineState.RESTARTING, EngineState.FAILED) else ""
-            told = (state, generation, error)
-            if self._states.get(report.engine) != told:
-                self._states[report.engine] = told
-                again = f" (generation {generation})" if generation > 1 else ""
-                self.line(f"{report.engine}: {state}{again}" + (f": {error}" if error else ""))
+            again = f" (generation {generation})" if generation > 1 else ""
+            told = f"{report.engine}: {state}{again}" + (f": {error}" if error else "")
+            if self._told.get(report.engine) != told:
+                self._told[report.engine] = told
+                self.line(told)
             self._bar(report, loading=state is EngineState.LOADING)
 
     def close(self) -> None:
-        self._bars.stop()
+        """Takes the bars away."""
+        if self._tasks:
+            self._bars.stop()
 
     def _bar(self, report: EngineReport, *, loading: bool) -> None:
         if not self.console.is_terminal:

@@ -33,7 +33,7 @@ class FrontDoor:
         logs.configure(spec.log_level)
         self._spec = spec
         self._id = serve.get_replica_context().replica_id.unique_id
-        self._node = ray.util.get_node_ip_address()
+        self._node = spec.rank_host or ray.util.get_node_ip_address()
         telemetry.export_traces(spec.otlp_endpoint, "shoal-front-door", {"service.instance.id": self._id})
         self._roster = find_roster()
         self._error = ""

@@ -52,6 +52,7 @@ def prepare(config: Config, machine: Machine, progress: Progress) -> ClusterSpec
         secret=new_secret(),
         api_keys=keys,
         cors_origins=config.security.cors_origin,
+        rank_host=None if cluster.address else "127.0.0.1",
         host=cluster.host,
         grpc_port=grpc_port,
         http_port=http_port,

@@ -19,6 +19,7 @@ class ClusterSpec:
     secret: str
     api_keys: dict[str, str]
     cors_origins: tuple[str, ...]
+    rank_host: str | None  # where ranks listen for each other and for front doors; None: their nodes' addresses
     host: str
     grpc_port: int
     http_port: int

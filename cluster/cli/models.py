@@ -28,15 +28,16 @@ class PullProgress:
         self._task: TaskID | None = None
 
     def __enter__(self) -> PullProgress:
-        self._bars.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        if self._task is not None:
+            self._bars.stop()
 
     def begin(self, phase: str) -> None:
+        self._bars.start()
         self._task = self._bars.add_task(f"{phase} {self._name}", total=None)
 
     def update(self, done: int, whole: int) -> None:

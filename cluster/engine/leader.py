@@ -266,7 +266,9 @@ class Leader:
                 task.cancel()
 
     def _advance(self, event: EngineEvent) -> None:
-        self.state = after(self.state, event)
+        before, self.state = self.state, after(self.state, event)
+        if self.state is not before:
+            log.info("%s: %s after %s", self._settings.engine, self.state, before)
         self._on_change()
 
 

@@ -34,10 +34,11 @@ class RankActor:
         from workers.rank import Rank
 
         self._rank: Rank = Rank(rank, settings, spec.secret.encode())
+        self._host = spec.rank_host or ray.util.get_node_ip_address()
         self._for_ever = threading.Event()
 
     def open(self) -> RankAddress:
-        return self._rank.open(ray.util.get_node_ip_address())
+        return self._rank.open(self._host)
 
     def join(self, generation: int, store: tuple[str, int], addresses: Sequence[RankAddress]) -> None:
         self._rank.join(generation, *store, addresses)

@@ -1,0 +1,86 @@
+"""`shoal status`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import grpc
+from google.protobuf.json_format import MessageToDict
+from rich.console import Console
+from rich.table import Table
+
+from cluster.cli.failure import fail
+from cluster.config.sizes import show_size
+from protos.shoal.v1 import admin_pb2, admin_pb2_grpc
+
+__all__ = ["render", "show"]
+
+_TIMEOUT_S = 10.0
+
+
+def show(target: str, api_key: str | None, *, as_json: bool) -> None:
+    """Asks the front door at `target` and prints what it says."""
+    metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            answer = admin_pb2_grpc.AdminStub(channel).Status(
+                admin_pb2.StatusRequest(), timeout=_TIMEOUT_S, metadata=metadata
+            )
+        except grpc.RpcError as error:
+            fail(f"{target}: {_reason(error)}")
+    if as_json:
+        print(json.dumps(MessageToDict(answer, preserving_proto_field_name=True), indent=2))
+        return
+    console = Console(highlight=False)
+    for part in render(answer):
+        console.print(part)
+
+
+def render(answer: admin_pb2.StatusResponse) -> Iterator[str | Table]:
+    """What is shown, from top to bottom."""
+    yield f"shoal {answer.version}, serving {answer.model}"
+    for engine in answer.engines:
+        yield ""
+        yield from _engine(engine)
+    if answer.front_doors:
+        yield ""
+        yield _front_doors(answer)
+    for warning in answer.warnings:
+        yield f"[yellow]warning:[/yellow] {warning}"
+
+
+def _engine(engine: admin_pb2.EngineStatus) -> Iterator[str | Table]:
+    yield f"[bold]{engine.name}[/bold]: {engine.state}, generation {engine.generation}"
+    facts = [engine.plan, engine.dtype]
+    if engine.collectives:
+        facts += [f"collectives: {engine.collectives}", f"kernels: {engine.kernels}"]
+        facts += [f"loaded in {engine.load_s:.1f} s"]
+    yield "  " + "; ".join(facts)
+    if engine.dp_groups:
+        groups = Table("DP group", "address", "running", "waiting", "free blocks", "preemptions", box=None)
+        for group in engine.dp_groups:
+            blocks = f"{group.num_free_blocks} of {group.num_blocks} x {group.block_size}"
+            counts = (group.num_running, group.num_waiting, blocks, group.num_preemptions)
+            groups.add_row(str(group.index), group.address, *map(str, counts))
+        yield groups
+    if engine.ranks:
+        ranks = Table("rank", "node", "pid", "device", "threads", "weights", "cache", box=None)
+        for rank in engine.ranks:
+            sizes = (show_size(rank.weight_bytes), show_size(rank.cache_bytes))
+            ranks.add_row(str(rank.rank), rank.node, str(rank.pid), rank.device, str(rank.threads), *sizes)
+        yield ranks
+
+
+def _front_doors(answer: admin_pb2.StatusResponse) -> Table:
+    table = Table("front door", "node", "open requests", "DP groups", box=None)
+    for door in answer.front_doors:
+        table.add_row(door.id, door.node, str(door.open_requests), ", ".join(door.dp_groups))
+    return table
+
+
+def _reason(error: grpc.RpcError) -> str:
+    code = error.code() if isinstance(error, grpc.Call) else None
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return "no front door answers"
+    return str(error.details()) if isinstance(error, grpc.Call) else str(error)
