@@ -7,10 +7,12 @@ done by oneDNN on the result while it is still in registers, and in fp32.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from workers.kernels.reference import ReferenceKernels
-from workers.kernels.seam import GatedLinear, Linear
+from workers.kernels.seam import GatedLinear, Linear, Norm
 
 __all__ = ["PackedKernels", "can_pack"]
 
@@ -18,6 +20,7 @@ _linear = torch.ops.mkldnn._linear_pointwise.default
 _linear_binary = torch.ops.mkldnn._linear_pointwise.binary
 # oneDNN chooses the blocking for a number of rows; this one is good for 1 to 1024 (README.md).
 _ROWS_HINT = 16
+_FEW_ROWS = 16
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -68,6 +71,33 @@ class _PackedGatedLinear:
         return self._up.times(x, self._gate.silu(x))
 
 
+class _Norm:
+    """RMS normalisation in few operations.
+
+    Few rows: the layer norm of x beside -x, whose mean is zero and whose variance is the mean square of x; two
+    operations where every further one costs more than its arithmetic. More rows: in fp32 in place.
+    """
+
+    __slots__ = ("_epsilon", "_mirror", "_mirrored", "_scaled", "_shape", "_width_epsilon")
+
+    def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
+        width = len(weight)
+        self._epsilon = epsilon
+        self._shape = [2, width]
+        self._mirrored = weight.repeat(2).view(2, width)
+        self._mirror = torch.tensor([[1.0], [-1.0]], dtype=weight.dtype)
+        self._scaled = weight.float() * math.sqrt(width)
+        self._width_epsilon = torch.tensor([[width * epsilon]])
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) <= _FEW_ROWS:
+            mirrored = torch.layer_norm(x.unsqueeze(1) * self._mirror, self._shape, self._mirrored, None, self._epsilon)
+            return mirrored.select(1, 0)
+        y = x.float()
+        length = torch.linalg.vector_norm(y, 2, -1, True)
+        return y.mul_(torch.addcmul(self._width_epsilon, length, length).rsqrt_()).mul_(self._scaled).to(x.dtype)
+
+
 class PackedKernels(ReferenceKernels):
     """See `Kernels`."""
 
@@ -76,6 +106,9 @@ class PackedKernels(ReferenceKernels):
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         return _PackedLinear(weight, bias)
+
+    def rms_norm(self, weight: torch.Tensor, epsilon: float) -> Norm:
+        return _Norm(weight, epsilon)
 
     def gated_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> GatedLinear:
         return _PackedGatedLinear(weight, bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from workers.kernels.seam import GatedLinear, Linear
+from workers.kernels.seam import GatedLinear, Linear, Norm
 
 __all__ = ["ReferenceKernels"]
 
@@ -35,6 +35,17 @@ class _GatedLinear:
         return F.silu(gate).mul_(up)
 
 
+class _Norm:
+    __slots__ = ("_epsilon", "_weight")
+
+    def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
+        self._weight = weight
+        self._epsilon = epsilon
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self._weight.shape, self._weight, self._epsilon)
+
+
 class ReferenceKernels:
     """See `Kernels`."""
 
@@ -47,8 +58,8 @@ class ReferenceKernels:
     def gated_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> GatedLinear:
         return _GatedLinear(weight, bias)
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
+    def rms_norm(self, weight: torch.Tensor, epsilon: float) -> Norm:
+        return _Norm(weight, epsilon)
 
     def rotate_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         rolled = torch.roll(x, x.shape[-1] // 2, -1)
@@ -58,21 +69,11 @@ class ReferenceKernels:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         # The queries that share a kv head are rows of one small matrix: no key or value is repeated.
-        sequences, heads, width = q.shape
-        kv_heads = k.shape[2]
-        grouped = q.view(sequences, kv_heads, heads // kv_heads, width)
-        out = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-        return out.reshape(sequences, heads * width)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.reshape(q.shape[0], -1)
 
     def attend_prefill(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1).unsqueeze(0),
-            k.transpose(0, 1).unsqueeze(0),
-            v.transpose(0, 1).unsqueeze(0),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=True,
-        )
-        return out.squeeze(0).transpose(0, 1).reshape(q.shape[0], -1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return out.transpose(1, 2).reshape(q.shape[2], -1)

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["GatedLinear", "Kernels", "Linear"]
+__all__ = ["GatedLinear", "Kernels", "Linear", "Norm"]
 
 
 class Linear(Protocol):
@@ -26,6 +26,15 @@ class Linear(Protocol):
 
 class GatedLinear(Protocol):
     """`silu(x @ gate.T) * (x @ up.T)`, each with its bias, for x [T, in]."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class Norm(Protocol):
+    """Root-mean-square normalisation over the last dimension, times a weight, of x [..., width].
+
+    The mean square is taken in fp32 (Zhang and Sennrich, arXiv 1910.07467).
+    """
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
@@ -51,8 +60,8 @@ class Kernels(Protocol):
         """`weight` [2 * inner, in] holds gate above up."""
         ...
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        """Normalised over the last dimension (Zhang and Sennrich, arXiv 1910.07467), the mean square in fp32."""
+    def rms_norm(self, weight: torch.Tensor, epsilon: float) -> Norm:
+        """`weight` [width]."""
         ...
 
     def rotate_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -62,7 +71,7 @@ class Kernels(Protocol):
     def attend_decode(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """One query token for each of B sequences: q [B, H, D], k and v [B, C, K, D], gives [B, H * D].
+        """One query token for each of B sequences: q [B, K, G, D], k and v [B, K, C, D], gives [B, H * D].
 
         `mask` [B, 1, 1, C] is added to the scores, in the dtype of q.
         """
@@ -71,7 +80,7 @@ class Kernels(Protocol):
     def attend_prefill(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """T query tokens of one sequence: q [T, H, D], k and v [C, K, D], gives [T, H * D].
+        """T query tokens of one sequence: q [1, H, T, D], k and v [1, K, C, D], gives [T, H * D].
 
         `mask` [T, C] is added to the scores; None is the causal mask of C = T.
         """

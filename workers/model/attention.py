@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 
 from workers.cache import LayerCache
-from workers.inputs import StepTensors
-from workers.kernels.seam import Kernels, Linear
-from workers.model.norm import RMSNorm
+from workers.inputs import DecodeGroup, PrefillChunk, StepTensors
+from workers.kernels.seam import Kernels, Linear, Norm
 from workers.model.parallel_linear import ResidualLinear
 
 __all__ = ["GroupedQueryAttention", "QKNorm"]
@@ -20,17 +19,16 @@ __all__ = ["GroupedQueryAttention", "QKNorm"]
 class QKNorm:
     """An RMS norm of each query and key head, with one weight for queries and one for keys (qwen3)."""
 
-    __slots__ = ("_epsilon", "_kernels", "_ones", "_weight")
+    __slots__ = ("_norm", "_weight")
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, heads: int, kv_heads: int, epsilon: float, kernels: Kernels):
         self._weight = torch.cat((q.expand(heads, -1), k.expand(kv_heads, -1)))
-        self._ones = torch.ones_like(q)
-        self._epsilon = epsilon
-        self._kernels = kernels
+        self._norm = kernels.rms_norm(torch.ones_like(q), epsilon)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Normalises x [T, H + K, D]."""
-        return self._kernels.rms_norm(x, self._ones, self._epsilon).mul_(self._weight)
+        tokens, heads, width = x.shape
+        return self._norm(x.reshape(-1, width)).view(tokens, heads, width) * self._weight
 
 
 class GroupedQueryAttention:
@@ -39,12 +37,24 @@ class GroupedQueryAttention:
     `num_heads` and `num_kv_heads` are this rank's; `cache_row` is what it keeps of a token.
     """
 
-    __slots__ = ("_heads", "_kernels", "_kv_heads", "_norm", "_out", "_qk_norm", "_qkv", "_width", "cache_row")
+    __slots__ = (
+        "_group",
+        "_kernels",
+        "_key_end",
+        "_kv_heads",
+        "_norm",
+        "_out",
+        "_qk_norm",
+        "_qkv",
+        "_query_end",
+        "_width",
+        "cache_row",
+    )
 
     def __init__(
         self,
         *,
-        norm: RMSNorm,
+        norm: Norm,
         qkv: Linear,
         qk_norm: QKNorm | None,
         out: ResidualLinear,
@@ -57,9 +67,11 @@ class GroupedQueryAttention:
         self._qkv = qkv
         self._qk_norm = qk_norm
         self._out = out
-        self._heads = num_heads
         self._kv_heads = num_kv_heads
+        self._group = num_heads // num_kv_heads
         self._width = head_dim
+        self._query_end = num_heads * head_dim
+        self._key_end = (num_heads + num_kv_heads) * head_dim
         self._kernels = kernels
         self.cache_row = 2 * num_kv_heads * head_dim
 
@@ -68,32 +80,39 @@ class GroupedQueryAttention:
     ) -> torch.Tensor:
         """x [T, hidden]; `rotation` are the rotary rows of the step's positions."""
         qkv = self._qkv(self._norm(x))
-        heads = qkv.view(len(qkv), -1, self._width)
-        rotated = heads[:, : self._heads + self._kv_heads]
+        rotated = qkv[:, : self._key_end].view(len(qkv), -1, self._width)
         if self._qk_norm is not None:
             rotated.copy_(self._qk_norm(rotated))
         self._kernels.rotate_(rotated, *rotation)
-        cache.write(step.slots, qkv[:, self._heads * self._width :])
-        return self._out.plus(self._attend(heads, step, cache), x)
+        cache.write(step.slots, qkv[:, self._query_end :])
+        parts = [self._decode(qkv, group, cache) for group in step.decode]
+        parts += [self._prefill(qkv[chunk.start : chunk.stop], chunk, cache) for chunk in step.prefill]
+        return self._out.plus(parts[0] if len(parts) == 1 else torch.cat(parts), x)
 
-    def _attend(self, heads: torch.Tensor, step: StepTensors, cache: LayerCache) -> torch.Tensor:
-        parts = [self._decode(heads[g.start : g.stop], g.block_ids, g.context, g.mask, cache) for g in step.decode]
-        for chunk in step.prefill:
-            rows = heads[chunk.start : chunk.stop]
-            if chunk.block_ids is None:
-                k, v = rows[:, self._heads : self._heads + self._kv_heads], rows[:, self._heads + self._kv_heads :]
-            else:
-                k, v = self._keys_values(cache.read(chunk.block_ids)[: chunk.context])
-            parts.append(self._kernels.attend_prefill(rows[:, : self._heads], k, v, chunk.mask))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def _decode(self, qkv: torch.Tensor, group: DecodeGroup, cache: LayerCache) -> torch.Tensor:
+        # Every view costs a microsecond and a layer is run some thirty times a token: one strided view each.
+        kept = cache.read(group.block_ids)
+        sequences, row = group.stop - group.start, self.cache_row
+        kv_heads, width = self._kv_heads, self._width
+        shape = (sequences, kv_heads, group.context, width)
+        strides = (len(kept) // sequences * row, width, row, 1)
+        q = qkv.as_strided(
+            (sequences, kv_heads, self._group, width),
+            (qkv.shape[1], self._group * width, width, 1),
+            group.start * qkv.shape[1],
+        )
+        k, v = kept.as_strided(shape, strides, 0), kept.as_strided(shape, strides, kv_heads * width)
+        return self._kernels.attend_decode(q, k, v, group.mask)
 
-    def _decode(
-        self, rows: torch.Tensor, block_ids: torch.Tensor, context: int, mask: torch.Tensor | None, cache: LayerCache
-    ) -> torch.Tensor:
-        k, v = self._keys_values(cache.read(block_ids).view(len(rows), -1, self.cache_row)[:, :context])
-        return self._kernels.attend_decode(rows[:, : self._heads], k, v, mask)
+    def _prefill(self, qkv: torch.Tensor, chunk: PrefillChunk, cache: LayerCache) -> torch.Tensor:
+        if chunk.block_ids is None:
+            kept = qkv[:, self._query_end :]
+        else:
+            kept = cache.read(chunk.block_ids)[: chunk.context]
+        q = self._heads_first(qkv[:, : self._query_end])
+        k, v = (self._heads_first(part) for part in kept.chunk(2, dim=-1))
+        return self._kernels.attend_prefill(q, k, v, chunk.mask)
 
-    def _keys_values(self, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [..., K, D] of cache rows [..., 2 * K * D]."""
-        both = kept.view(*kept.shape[:-1], 2, self._kv_heads, self._width)
-        return both.select(-3, 0), both.select(-3, 1)
+    def _heads_first(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, heads, T, D] of rows [T, heads * D]."""
+        return x.view(len(x), -1, self._width).transpose(0, 1).unsqueeze(0)

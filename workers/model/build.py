@@ -10,11 +10,10 @@ from collections.abc import Callable
 
 import torch
 
-from workers.kernels.seam import Kernels, Linear
+from workers.kernels.seam import Kernels, Linear, Norm
 from workers.model.attention import GroupedQueryAttention, QKNorm
 from workers.model.decoder import Decoder, DecoderLayer
 from workers.model.mlp import GatedMLP
-from workers.model.norm import RMSNorm
 from workers.model.parallel_linear import ResidualLinear, embedding, head, residual_linear
 from workers.model.rope import rotary_table
 from workers.model.sharding import Shard
@@ -96,8 +95,8 @@ class _Builder:
     def _residual(self, name: str) -> ResidualLinear:
         return residual_linear(self._linear(name), self._tensor)
 
-    def _norm(self, name: str) -> RMSNorm:
-        return RMSNorm(self._need(name), self._config.rms_norm_eps, self._kernels)
+    def _norm(self, name: str) -> Norm:
+        return self._kernels.rms_norm(self._need(name), self._config.rms_norm_eps)
 
     def _need(self, name: str) -> torch.Tensor:
         tensor = self._take(name)

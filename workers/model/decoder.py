@@ -9,7 +9,7 @@ import torch
 
 from workers.cache import KVCache, LayerCache
 from workers.inputs import StepTensors
-from workers.model.norm import RMSNorm
+from workers.kernels.seam import Norm
 from workers.model.parallel_linear import Embedding, Head
 from workers.model.rope import RotaryTable
 
@@ -43,7 +43,7 @@ class Decoder:
     """A whole model, or one tensor rank's part of it."""
 
     def __init__(
-        self, *, embedding: Embedding, layers: Sequence[DecoderLayer], norm: RMSNorm, head: Head, rotary: RotaryTable
+        self, *, embedding: Embedding, layers: Sequence[DecoderLayer], norm: Norm, head: Head, rotary: RotaryTable
     ) -> None:
         self._embedding = embedding
         self._layers = tuple(layers)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from workers.kernels.seam import GatedLinear
-from workers.model.norm import RMSNorm
+from workers.kernels.seam import GatedLinear, Norm
 from workers.model.parallel_linear import ResidualLinear
 
 __all__ = ["GatedMLP"]
@@ -16,7 +15,7 @@ class GatedMLP:
 
     __slots__ = ("_down", "_gate_up", "_norm")
 
-    def __init__(self, *, norm: RMSNorm, gate_up: GatedLinear, down: ResidualLinear) -> None:
+    def __init__(self, *, norm: Norm, gate_up: GatedLinear, down: ResidualLinear) -> None:
         self._norm = norm
         self._gate_up = gate_up
         self._down = down
