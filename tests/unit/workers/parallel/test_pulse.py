@@ -1,0 +1,129 @@
+"""The beat of DP groups, over socket pairs."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from workers.parallel.pulse import Pulse
+
+
+class Group:
+    """One group: how often it was woken, and why it failed."""
+
+    def __init__(self, peers: dict[int, socket.socket], generation: int = 3, timeout_s: float = 5.0) -> None:
+        self.woken = threading.Event()
+        self.gone: list[str] = []
+        self.has_gone = threading.Event()
+        self.pulse = Pulse(generation, peers, timeout_s=timeout_s, on_wake=self.woken.set, on_gone=self._gone)
+        self.pulse.start()
+
+    def _gone(self, reason: str) -> None:
+        self.gone.append(reason)
+        self.has_gone.set()
+
+
+def _sockets(size: int) -> list[dict[int, socket.socket]]:
+    ends: list[dict[int, socket.socket]] = [{} for _ in range(size)]
+    for a in range(size):
+        for b in range(a + 1, size):
+            ends[a][b], ends[b][a] = socket.socketpair()
+    return ends
+
+
+@contextlib.contextmanager
+def _mesh(size: int, timeout_s: float = 5.0) -> Iterator[list[Group]]:
+    groups = [Group(peers, timeout_s=timeout_s) for peers in _sockets(size)]
+    try:
+        yield groups
+    finally:
+        for group in groups:
+            group.pulse.close()
+
+
+def _in_threads(groups: list[Group], work: object) -> list[BaseException]:
+    errors: list[BaseException] = []
+
+    def call(index: int) -> None:
+        try:
+            work(index)  # type: ignore[operator]
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(len(groups))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    return errors
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_all_groups_agree_on_every_beat(size: int) -> None:
+    draw = random.Random(1)
+    plans = [[draw.choice([0, 0, 5]) for _ in range(200)] for _ in range(size)]
+    ran: list[list[bool]] = [[] for _ in range(size)]
+    with _mesh(size) as groups:
+
+        def work(index: int) -> None:
+            for tokens in plans[index]:
+                ran[index].append(groups[index].pulse.beat(tokens))
+
+        assert not _in_threads(groups, work)
+        assert not any(group.gone for group in groups)
+    expected = [any(tokens) for tokens in zip(*plans, strict=True)]
+    assert all(one == expected for one in ran)
+    assert True in expected
+    assert False in expected
+
+
+def test_a_beat_wakes_the_sleepers_and_then_all_sleep_again() -> None:
+    with _mesh(3) as groups:
+        sleepers = groups[1:]
+        assert not any(group.pulse.pending for group in groups)
+
+        def work(index: int) -> None:
+            pulse = groups[index].pulse
+            if index:
+                assert groups[index].woken.wait(5)
+                assert pulse.pending
+            assert pulse.beat(0 if index else 7)
+            assert pulse.pending
+            assert pulse.beat(0) is False
+            assert not pulse.pending
+
+        assert not _in_threads(groups, work)
+        assert sleepers[0].pulse.tokens == {0: 0, 2: 0}
+
+
+def test_a_dead_peer_ends_a_beat_and_is_heard_of_while_asleep() -> None:
+    ends = _sockets(2)
+    survivor = Group(ends[0])
+    ends[1][0].close()
+    assert survivor.has_gone.wait(5)
+    assert survivor.gone == ["rank 1 has gone"]
+    with pytest.raises(RuntimeError, match="rank 1 has gone"):
+        survivor.pulse.beat(1)
+    survivor.pulse.close()
+
+
+def test_a_hung_peer_ends_a_beat_at_the_timeout() -> None:
+    with _mesh(2, timeout_s=0.05) as groups, pytest.raises(RuntimeError, match="missed a beat"):
+        groups[0].pulse.beat(1)
+
+
+def test_an_old_generation_is_refused() -> None:
+    ends = _sockets(2)
+    old, new = Group(ends[0], generation=2, timeout_s=0.2), Group(ends[1], generation=3)
+    with pytest.raises(RuntimeError):
+        old.pulse.beat(1)
+    assert new.has_gone.wait(5)
+    assert "generation 2" in new.gone[0]
+    old.pulse.close()
+    new.pulse.close()

@@ -1,0 +1,79 @@
+"""Expert dispatch over the ranks of a stage: rows travel to their experts and back, with exact counts.
+
+Nothing is padded and nothing is dropped. Three exchanges a layer: how many rows for which slot, the rows, and the
+experts' outputs back. See `dispatch.py` for the seam and the shape suffixes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from scheduler.experts import ExpertPlacement
+from workers.parallel.dispatch import ExpertRows, Routing, group_by_expert, weighted_sum
+from workers.parallel.exchange import Exchange
+
+__all__ = ["AllToAllDispatch", "AllToAllHandle"]
+
+
+@dataclass(frozen=True, slots=True)
+class AllToAllHandle:
+    """The way back. `order` [T * K]: which flat (token, choice) each sent row is; `arrival` [R]: where each computed
+    row lay when it arrived; `sent` and `received` are row counts by rank.
+    """
+
+    order: torch.Tensor
+    arrival: torch.Tensor
+    sent: list[int]
+    received: list[int]
+    weights: torch.Tensor
+
+
+class AllToAllDispatch:
+    """Experts live where `placement` says; a redundant expert's tokens take turns among its slots.
+
+    Which slot computes a row does not change its bits, for all hold the same weights.
+    """
+
+    def __init__(self, exchange: Exchange, placement: ExpertPlacement, *, device: torch.device | None = None) -> None:
+        assert exchange.size == placement.num_ranks
+        self._exchange = exchange
+        self._slots = placement.slots_per_rank
+        self._ours = len(placement.slots[exchange.index])
+        replicas = placement.replicas()
+        most = max(map(len, replicas))
+        self._copies = torch.tensor([len(physical) for physical in replicas], device=device)
+        padded = [[*physical, *physical[:1] * (most - len(physical))] for physical in replicas]
+        self._physical = torch.tensor(padded, device=device)
+        self._slot_of_count = torch.arange(self._slots, device=device).repeat(exchange.size)
+
+    @property
+    def kind(self) -> str:
+        return f"all-to-all over {self._exchange.kind}"
+
+    def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[ExpertRows, AllToAllHandle]:
+        size, slots = self._exchange.size, self._slots
+        physical = self._place(routing.expert_ids).flatten()
+        order, counts = group_by_expert(physical, size * slots)
+        counts = counts.view(size, slots)
+        arrived = self._exchange.counts(counts)
+        sent, received = counts.sum(dim=1).tolist(), arrived.sum(dim=1).tolist()
+        rows = x_TD.index_select(0, order // routing.expert_ids.shape[1])
+        rows = self._exchange.rows(rows, sent, received)
+        # What arrives is sorted by (rank, slot); the experts want it by (slot, rank).
+        slot_of_row = self._slot_of_count.repeat_interleave(arrived.flatten())
+        arrival, per_slot = group_by_expert(slot_of_row, slots)
+        handle = AllToAllHandle(order, arrival, sent, received, routing.weights)
+        return ExpertRows(rows.index_select(0, arrival), per_slot.tolist()[: self._ours]), handle
+
+    def combine(self, y_RD: torch.Tensor, handle: AllToAllHandle) -> torch.Tensor:
+        back = torch.empty_like(y_RD).index_copy_(0, handle.arrival, y_RD)
+        back = self._exchange.rows(back, handle.received, handle.sent)
+        y = torch.empty_like(back).index_copy_(0, handle.order, back)
+        return weighted_sum(y.view(*handle.weights.shape, y.shape[-1]), handle.weights)
+
+    def _place(self, expert_ids: torch.Tensor) -> torch.Tensor:
+        """Physical ids [T, K] of expert ids [T, K]."""
+        turn = torch.arange(len(expert_ids), device=expert_ids.device).unsqueeze(1) + self._exchange.index
+        return self._physical[expert_ids, turn % self._copies[expert_ids]]

@@ -1,0 +1,135 @@
+"""The common beat of an engine's DP groups, so that all ranks of a stage enter an expert exchange together.
+
+Before a step each group's first rank tells the others how many tokens it brings, and hears theirs. If anybody brings
+any, all run the step, those without work too; if nobody does, all sleep. The message of the next beat is also what
+wakes the sleepers: there is nothing to poll, and an idle engine sends nothing.
+
+    ran = pulse.beat(num_tokens)      one beat; whether there is a step to run
+    pulse.pending                     whether a beat must follow even without work of one's own
+"""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+
+__all__ = ["Pulse"]
+
+_BEAT = struct.Struct("!QQI")  # generation, beat, tokens
+_LOOK_S = 0.25
+
+
+class Pulse:
+    """One group's end. `beat` belongs to the step loop; `on_wake` is called from another thread, and must not block.
+
+    `peers` are connected sockets by rank. A peer that goes, hangs or is of another generation makes `beat` raise
+    RuntimeError; `on_gone` hears of it even while the group sleeps.
+    """
+
+    def __init__(
+        self,
+        generation: int,
+        peers: Mapping[int, socket.socket],
+        *,
+        timeout_s: float,
+        on_wake: Callable[[], None],
+        on_gone: Callable[[str], None],
+    ) -> None:
+        self._generation = generation
+        self._peers = dict(peers)
+        self._timeout_s = timeout_s
+        self._on_wake = on_wake
+        self._on_gone = on_gone
+        self._changed = threading.Condition()
+        self._heard: dict[int, deque[tuple[int, int]]] = {rank: deque() for rank in peers}
+        self._beat = 0
+        self._ran = False
+        self._tokens: dict[int, int] = dict.fromkeys(peers, 0)
+        self._reason: str | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._listen, name="pulse", daemon=True)
+
+    @property
+    def pending(self) -> bool:
+        """Whether the last beat ran a step, or another group has begun the next one."""
+        return self._ran or any(self._heard.values())
+
+    @property
+    def tokens(self) -> Mapping[int, int]:
+        """What each peer brought to the last beat."""
+        return self._tokens
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def beat(self, num_tokens: int) -> bool:
+        """Exchanges token counts with every group; True where any brings some. Raises RuntimeError."""
+        self._beat += 1
+        message = _BEAT.pack(self._generation, self._beat, num_tokens)
+        for rank, peer in self._peers.items():
+            try:
+                peer.sendall(message)
+            except OSError as error:
+                raise RuntimeError(f"rank {rank} has gone") from error
+        with self._changed:
+            self._changed.wait_for(lambda: self._reason or all(self._heard.values()), self._timeout_s)
+            silent = [rank for rank, heard in self._heard.items() if not heard]
+            if silent:
+                raise RuntimeError(self._reason or f"ranks {silent} missed a beat for {self._timeout_s:g} s")
+            for rank, heard in self._heard.items():
+                beat, self._tokens[rank] = heard.popleft()
+                assert beat == self._beat, f"rank {rank} is at beat {beat}, this one at {self._beat}"
+        self._ran = num_tokens > 0 or any(self._tokens.values())
+        return self._ran
+
+    def close(self) -> None:
+        """From any thread; whoever waits in `beat` gets RuntimeError."""
+        self._closed = True
+        for peer in self._peers.values():
+            with contextlib.suppress(OSError):  # it has gone already
+                peer.shutdown(socket.SHUT_RDWR)
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+        for peer in self._peers.values():
+            peer.close()
+
+    def _listen(self) -> None:
+        unread = {rank: bytearray() for rank in self._peers}
+        with selectors.DefaultSelector() as selector:
+            for rank, peer in self._peers.items():
+                selector.register(peer, selectors.EVENT_READ, rank)
+            while not self._closed and self._reason is None:
+                for key, _ in selector.select(_LOOK_S):
+                    self._read(key.data, unread[key.data])
+
+    def _read(self, rank: int, unread: bytearray) -> None:
+        try:
+            data = self._peers[rank].recv(4096)
+        except OSError:
+            data = b""
+        if not data:
+            self._fail(f"rank {rank} has gone")
+            return
+        unread += data
+        while len(unread) >= _BEAT.size:
+            generation, beat, num_tokens = _BEAT.unpack_from(unread)
+            del unread[: _BEAT.size]
+            if generation != self._generation:
+                self._fail(f"rank {rank} is of generation {generation}, not {self._generation}")
+                return
+            with self._changed:
+                self._heard[rank].append((beat, num_tokens))
+                self._changed.notify_all()
+        self._on_wake()
+
+    def _fail(self, reason: str) -> None:
+        with self._changed:
+            self._reason = reason
+            self._changed.notify_all()
+        if not self._closed:
+            self._on_gone(reason)
