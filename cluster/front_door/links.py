@@ -15,6 +15,8 @@ __all__ = ["Links"]
 
 log = logging.getLogger(__name__)
 
+MakeLink = Callable[[GroupAddress, LinkOptions, Callable[[], None]], Link]
+
 
 class Links:
     """One link per group of the roster.
@@ -23,8 +25,9 @@ class Links:
     late or restarts costs nothing. A group that is really gone shows on its stream.
     """
 
-    def __init__(self, options: LinkOptions, policy: RoutingPolicy) -> None:
+    def __init__(self, options: LinkOptions, policy: RoutingPolicy, *, make_link: MakeLink = Link) -> None:
         self._options = options
+        self._make_link = make_link
         self._policy = policy
         self._links: dict[str, Link] = {}
         self._retired: list[Link] = []
@@ -57,7 +60,7 @@ class Links:
                 continue
             if link is not None:
                 self._retire(key)
-            self._links[key] = link = Link(address, self._options, self._changed)
+            self._links[key] = link = self._make_link(address, self._options, self._changed)
             link.start()
         self._changed()
 

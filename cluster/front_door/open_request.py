@@ -126,11 +126,12 @@ class OpenRequest:
                 raise self._error
             if self.finished:
                 return None
-            self._waiter = asyncio.get_running_loop().create_future()
+            waiter = self._waiter = asyncio.get_running_loop().create_future()
             try:
-                await self._waiter
+                await waiter
             finally:
-                self._waiter = None
+                if self._waiter is waiter:  # and not that of a reader who took over
+                    self._waiter = None
 
     def is_read_by(self, reader: Reader) -> bool:
         return reader is self._reader
