@@ -85,11 +85,13 @@ class Leader:
                 await self._bring_up()
                 starts = 0
                 await self._keep()
-            except RankLost as lost:
+            except (RankLost, RankRefused) as error:
                 starts += 1
-                await self._restart(str(lost), starts)
-            except RankRefused as refused:
-                await self._fail(str(refused))
+                # What has been ready can be again, whatever it says now.
+                if isinstance(error, RankRefused) and self.state is not EngineState.READY:
+                    await self._fail(str(error))
+                else:
+                    await self._restart(str(error), starts)
             if self.state is EngineState.FAILED:
                 return
 

@@ -1,0 +1,143 @@
+"""What "auto" becomes on which machine, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import ConfigError, parse
+from cluster.config.machine import Machine, this_machine
+from cluster.config.resolve import check_exposure, engine_settings
+from cluster.models.folder import ModelFacts
+from workers.model.config import parse_config
+from workers.settings import EngineSettings
+
+GIB = 1024**3
+CPU = Machine(cores=8, memory_bytes=16 * GIB, free_bytes=12 * GIB, gpus=0, fast_bfloat16=True)
+GPU = replace(CPU, gpus=4)
+MODEL = ModelFacts(
+    config=parse_config(
+        {
+            "model_type": "llama",
+            "vocab_size": 100,
+            "hidden_size": 96,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 6,
+            "max_position_embeddings": 2048,
+            "dtype": "bfloat16",
+        }
+    ),
+    weight_bytes=GIB,
+)
+
+
+def resolve(document: dict[str, Any], machine: Machine = CPU, model: ModelFacts = MODEL) -> EngineSettings:
+    return engine_settings(parse(document), model, machine, name="m", folder=Path("/m"))
+
+
+def test_defaults_on_a_cpu() -> None:
+    settings = resolve({})
+    assert settings.device == "cpu"
+    assert settings.dtype == "bfloat16"
+    assert settings.num_threads == 8
+    assert settings.max_model_len == 2048
+    assert settings.memory_limit_bytes == int(16 * GIB * 0.8)
+    assert settings.cache_bytes is None
+
+
+def test_no_value_stays_auto() -> None:
+    document = {"parallel": "auto", "inference": {"dtype": "auto"}, "resources": {"cache_size": "auto"}}
+    for machine in (CPU, GPU):
+        settings = resolve(document, machine)
+        named = {name: getattr(settings, name) for name in settings.__slots__ if name != "collectives"}
+        assert "auto" not in named.values()
+
+
+@pytest.mark.parametrize(
+    ("machine", "checkpoint", "expected"),
+    [
+        (CPU, "bfloat16", "bfloat16"),
+        (CPU, "float32", "float32"),
+        (CPU, "float16", "bfloat16"),
+        (replace(CPU, fast_bfloat16=False), "bfloat16", "float32"),
+        (GPU, "float16", "float16"),
+        (GPU, "float8_e4m3fn", "bfloat16"),
+    ],
+)
+def test_dtype_follows_checkpoint_and_hardware(machine: Machine, checkpoint: str, expected: str) -> None:
+    model = replace(MODEL, config=replace(MODEL.config, dtype=checkpoint))
+    assert resolve({}, machine, model).dtype == expected
+
+
+def test_threads_and_memory_are_shared_by_the_ranks_of_a_machine() -> None:
+    settings = resolve({"parallel": {"tensor": 2}, "cluster": {"engines": 2}})
+    assert settings.num_threads == 2
+    assert settings.memory_limit_bytes == int(16 * GIB * 0.8) // 4
+    assert resolve({"parallel": {"tensor": 6}, "cluster": {"engines": 2}}).num_threads == 1
+
+
+def test_auto_takes_the_gpus_that_the_heads_divide_over() -> None:
+    assert resolve({"parallel": "auto"}, GPU).plan.tensor == 3
+    assert resolve({"parallel": "auto", "cluster": {"engines": 2}}, GPU).plan.tensor == 2
+    assert resolve({"parallel": "auto"}, CPU).plan.tensor == 1
+
+
+def test_sizes_are_read() -> None:
+    settings = resolve({"resources": {"memory_limit": "4GiB", "cache_size": "512 MB"}})
+    assert settings.memory_limit_bytes == 4 * GIB
+    assert settings.cache_bytes == 512_000_000
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"parallel": {"tensor": 5}}, r"parallel.tensor 5 must divide the model's 12 attention heads.*1, 2, 3, 6"),
+        ({"parallel": {"pipeline": 2}}, "parallel.pipeline must be 1"),
+        ({"inference": {"max_model_len": 4096}}, "inference.max_model_len: 4096 is beyond the model's 2048"),
+        ({"inference": {"device_map": "cuda"}}, "inference.device_map: cuda asked for, but no GPU"),
+        ({"resources": {"gpus": 1}}, "resources.gpus: 1 asked for, 0 found"),
+        ({"resources": {"memory_limit": "101%"}}, "resources.memory_limit: '101%' must be"),
+        ({"resources": {"memory_limit": "lots"}}, "resources.memory_limit: 'lots' is not a size"),
+        ({"resources": {"cache_size": "-1GiB"}}, "resources.cache_size: '-1GiB' is not a size"),
+    ],
+)
+def test_what_cannot_be_is_refused(document: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(document)
+
+
+def test_too_few_gpus_are_refused() -> None:
+    with pytest.raises(ConfigError, match="needs 6 GPUs an engine, 4 were found in all"):
+        resolve({"parallel": {"tensor": 6}}, GPU)
+
+
+def test_weights_that_cannot_fit_say_how_much_is_needed_and_what_would_fit() -> None:
+    with pytest.raises(ConfigError, match=r"4 copies .* need 4\.0 GiB.* leave 2\.0 GiB.* of 2 would fit"):
+        resolve({"resources": {"memory_limit": "2GiB"}, "cluster": {"engines": 4}})
+    with pytest.raises(ConfigError, match=r"in float32 need 2\.0 GiB.* inference.dtype: bfloat16"):
+        resolve({"resources": {"memory_limit": "1GiB"}, "inference": {"dtype": "float32"}})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_loopback_needs_no_key(host: str) -> None:
+    check_exposure(parse({"cluster": {"host": host}}))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.com"])
+def test_strangers_need_a_key_or_a_statement(host: str) -> None:
+    document: dict[str, Any] = {"cluster": {"host": host}}
+    with pytest.raises(ConfigError, match=r"set security\.api_key, or state security\.insecure: true"):
+        check_exposure(parse(document))
+    check_exposure(parse({**document, "security": {"insecure": True}}))
+    check_exposure(parse({**document, "security": {"api_key": "long-enough"}}))
+
+
+def test_this_machine_has_something() -> None:
+    machine = this_machine()
+    assert machine.cores >= 1
+    assert 0 < machine.free_bytes <= machine.memory_bytes

@@ -1,0 +1,131 @@
+"""The roster's bookkeeping, with a clock that the tests turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.front_door.groups import GroupAddress
+from cluster.roster import Claim, EngineReport, FrontDoorReport, Roster
+from protos.shoal.v1 import admin_pb2
+
+ENGINES = ("engine-0", "engine-1")
+LEASE_S = 5.0
+REAP_S = 30.0
+
+
+@dataclass
+class Clock:
+    now_s: float = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def make(settle_s: float = 0.0) -> tuple[Roster, Clock]:
+    clock = Clock()
+    return Roster(clock, lease_s=LEASE_S, reap_after_s=REAP_S, settle_s=settle_s), clock
+
+
+def group(engine: str, generation: int = 1) -> GroupAddress:
+    return GroupAddress(key=f"{engine}/0", engine=engine, dp_group=0, host="h", port=1, generation=generation)
+
+
+def report(engine: str, leader: str, *groups: GroupAddress, generation: int = 1) -> EngineReport:
+    status = admin_pb2.EngineStatus(name=engine, generation=generation)
+    return EngineReport(engine=engine, leader=leader, groups=groups, status=status)
+
+
+def test_each_leader_gets_an_engine_of_its_own() -> None:
+    roster, _ = make()
+    assert roster.claim("a", ENGINES) == Claim("engine-0", 0)
+    assert roster.claim("b", ENGINES) == Claim("engine-1", 0)
+    assert roster.claim("c", ENGINES) is None
+    assert roster.claim("a", ENGINES) == Claim("engine-0", 0), "asking again changes nothing"
+
+
+def test_groups_come_and_go_with_reports() -> None:
+    roster, clock = make()
+    roster.claim("a", ENGINES)
+    before = roster.snapshot()
+    assert roster.report_engine(report("engine-0", "a", group("engine-0")))
+    after = roster.snapshot()
+    assert after.groups == (group("engine-0"),)
+    assert after.version > before.version
+    assert roster.report_engine(report("engine-0", "a", group("engine-0")))
+    assert roster.snapshot().version == after.version, "nothing new"
+    clock.now_s += LEASE_S
+    assert roster.snapshot().groups == ()
+    assert roster.snapshot().version > after.version
+    assert roster.engines() == ()
+
+
+def test_an_orphan_is_claimed_first_and_with_its_generation() -> None:
+    roster, clock = make()
+    roster.claim("a", ENGINES)
+    roster.claim("b", ENGINES)
+    roster.report_engine(report("engine-1", "b", generation=7))
+    clock.now_s += LEASE_S - 1
+    roster.report_engine(report("engine-0", "a"))
+    clock.now_s += 1
+    assert roster.claim("c", ENGINES) == Claim("engine-1", 7)
+
+
+def test_a_leader_that_lost_its_engine_is_told() -> None:
+    roster, clock = make()
+    roster.claim("a", ENGINES)
+    clock.now_s += LEASE_S
+    assert roster.claim("b", ENGINES) == Claim("engine-0", 0)
+    assert not roster.report_engine(report("engine-0", "a", group("engine-0")))
+    assert roster.snapshot().groups == ()
+    assert roster.report_engine(report("engine-0", "b", group("engine-0", 2)))
+
+
+def test_a_roster_that_was_restarted_learns_from_reports_before_it_gives_anything_away() -> None:
+    roster, clock = make(settle_s=LEASE_S)
+    assert roster.claim("new", ENGINES) is None
+    assert roster.report_engine(report("engine-0", "old", group("engine-0", 4), generation=4))
+    assert roster.snapshot().groups == (group("engine-0", 4),)
+    clock.now_s += LEASE_S - 1
+    roster.report_engine(report("engine-0", "old", group("engine-0", 4), generation=4))
+    clock.now_s += 1
+    assert roster.claim("new", ENGINES) == Claim("engine-1", 0)
+
+
+def test_what_nobody_leads_is_given_out_once_to_be_taken_down() -> None:
+    roster, clock = make()
+    roster.claim("a", ENGINES)
+    clock.now_s += LEASE_S + REAP_S - 0.1
+    assert roster.take_abandoned() == ()
+    clock.now_s += 0.1
+    assert roster.take_abandoned() == ("engine-0",)
+    assert roster.take_abandoned() == ()
+    assert roster.claim("b", ENGINES) == Claim("engine-0", 0)
+
+
+def test_a_released_engine_is_free_at_once_and_not_reaped() -> None:
+    roster, clock = make()
+    roster.claim("a", ENGINES)
+    roster.report_engine(report("engine-0", "a", group("engine-0")))
+    roster.release("a")
+    assert roster.snapshot().groups == ()
+    clock.now_s += 10 * REAP_S
+    assert roster.take_abandoned() == ()
+
+
+def test_front_doors_are_forgotten_when_they_are_silent() -> None:
+    roster, clock = make()
+    roster.report_front_door(FrontDoorReport(id="x", node="n"))
+    roster.report_front_door(FrontDoorReport(id="y", node="n"))
+    roster.remove_front_door("y")
+    roster.remove_front_door("never seen")
+    assert [door.id for door in roster.front_doors()] == ["x"]
+    clock.now_s += LEASE_S
+    assert roster.front_doors() == ()
+
+
+def test_draining_is_news() -> None:
+    roster, _ = make()
+    version = roster.snapshot().version
+    roster.drain()
+    assert roster.snapshot().draining
+    assert roster.snapshot().version > version
