@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-__all__ = ["Figure", "Findings", "add_output_option", "deliver"]
+__all__ = ["Figure", "Findings", "begin", "deliver", "progress"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,8 +96,17 @@ class Findings:
         return cls(figures=figures, **data)
 
 
-def add_output_option(parser: argparse.ArgumentParser) -> None:
+def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Reads the command line. From here on SIGTERM ends this process as an error would: what it started ends too."""
     parser.add_argument("--json", type=Path, help="write the findings here, for loadtest.figures")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    return options
+
+
+def progress(message: str) -> None:
+    """A line for whoever waits; findings go to standard output."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def deliver(findings: Findings, options: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import sys
 
 from loadtest.arrivals import PoissonArrivals
-from loadtest.peers.comparison import Figure, Findings, add_output_option, deliver
+from loadtest.peers.comparison import Figure, Findings, begin, deliver
 from loadtest.peers.server import DEFAULT_MODEL, serving
 from loadtest.scenario import Scenario, ScenarioResult, run_scenario
 from loadtest.stats import LATENCIES, Distribution
@@ -43,8 +43,7 @@ def main() -> int:
     parser.add_argument("--model-path", default=str(DEFAULT_MODEL))
     parser.add_argument("--rate", type=float, default=1.0, help="requests per second")
     parser.add_argument("--requests", type=int, default=60, help="through each door")
-    add_output_option(parser)
-    options = parser.parse_args()
+    options = begin(parser)
     lengths = UniformLengths((16, 128), (16, 48))
     with serving("--model-path", options.model_path) as server:
         scenario = Scenario(

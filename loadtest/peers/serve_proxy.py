@@ -19,7 +19,7 @@ from statistics import median
 import uvloop
 
 from loadtest.peers.child import child
-from loadtest.peers.comparison import Figure, Findings, add_output_option, deliver
+from loadtest.peers.comparison import Figure, Findings, begin, deliver, progress
 from loadtest.peers.group_stream import GroupStream
 from loadtest.peers.others import OtherCpu, own_tree
 from loadtest.peers.raw_stream import Burst, RawStreams
@@ -42,7 +42,8 @@ async def _bursts(
     sides = RawStreams(front_door), RawStreams(serve_proxy)
     bursts: tuple[list[Burst], list[Burst]] = [], []
     try:
-        for _ in range(rounds + 1):
+        for number in range(rounds + 1):
+            progress(f"round {number} of {rounds}")
             for side, taken in zip(sides, bursts, strict=True):
                 await asyncio.sleep(_SETTLE_S)
                 taken.append(await side.burst(work, num_streams))
@@ -120,8 +121,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=512, help="in each stream")
     parser.add_argument("--rounds", type=int, default=5)
-    add_output_option(parser)
-    options = parser.parse_args()
+    options = begin(parser)
     deliver(measure(options.model_path, options.streams, options.tokens, options.rounds), options)
     return 0
 

@@ -13,7 +13,7 @@ import asyncio
 import sys
 
 from loadtest.arrivals import AtOnce
-from loadtest.peers.comparison import Figure, Findings, add_output_option, deliver
+from loadtest.peers.comparison import Figure, Findings, begin, deliver, progress
 from loadtest.peers.process_tree import MemoryPeak, MemorySampler
 from loadtest.peers.server import DEFAULT_MODEL, serving
 from loadtest.scenario import Scenario, run_scenario
@@ -31,6 +31,7 @@ def measure(rounds: int, arguments: tuple[str, ...]) -> Findings:
     for number in range(rounds + 1):
         with serving(*arguments) as server:
             command = server.command
+            progress(f"start {number} of {rounds}: {server.first_token_s:.2f} s to the first token")
             if number:
                 first_token_s.append(server.first_token_s)
     peak = _peak_memory(arguments)
@@ -68,8 +69,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model-path", default=str(DEFAULT_MODEL))
-    add_output_option(parser)
-    options = parser.parse_args()
+    options = begin(parser)
     deliver(measure(options.rounds, ("--model-path", options.model_path)), options)
     return 0
 

@@ -25,7 +25,7 @@ import transformers
 
 from loadtest.client import ModelFacts, open_loop
 from loadtest.grpc_door import GrpcDoor
-from loadtest.peers.comparison import Figure, Findings, add_output_option, deliver
+from loadtest.peers.comparison import Figure, Findings, begin, deliver, progress
 from loadtest.peers.others import OtherCpu
 from loadtest.peers.server import DEFAULT_MODEL, serving
 from loadtest.workload import TokenPrompts, Work
@@ -134,6 +134,9 @@ def measure(address: str, folder: Path, rounds: int) -> Findings:
                 others = OtherCpu([psutil.Process()])
                 peer_s = peer.run(task, prompts)
                 share = others.cores()
+                progress(
+                    f"round {number} of {rounds}: {task.what}: {served_s:.2f} s served, {peer_s:.2f} s transformers"
+                )
                 if number:
                     ours[task.what].append(task.counted / served_s)
                     peers[task.what].append(task.counted / peer_s)
@@ -183,8 +186,7 @@ def main() -> int:
     parser.add_argument("--address", help="a running server of the same folder; by default one is started")
     parser.add_argument("--model-path", type=Path, default=DEFAULT_MODEL)
     parser.add_argument("--rounds", type=int, default=5)
-    add_output_option(parser)
-    options = parser.parse_args()
+    options = begin(parser)
     with ExitStack() as stack:
         address = options.address
         if not address:

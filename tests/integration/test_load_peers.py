@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -104,3 +105,19 @@ def test_the_front_door_and_serves_proxy_stream_the_same(tmp_path: Path) -> None
     assert messages.peers == tokens.peers, "Serve sends a message a token"
     assert messages.ours[0] <= tokens.ours[0]
     assert added.unit == "ms"
+
+
+def test_a_comparison_that_is_terminated_ends_what_it_started() -> None:
+    script = (
+        "import argparse, time; from loadtest.peers.child import child; from loadtest.peers.comparison import begin\n"
+        "begin(argparse.ArgumentParser())\n"
+        "with child('loadtest.peers.synthetic_group'): print('up', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        tree = ProcessTree(process)
+        assert len(tree.alive()) == 2
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGTERM
+        assert tree.alive() == []
