@@ -19,7 +19,7 @@ from cluster.cli.chat_client import Answer, ChatError, Conversation
 
 __all__ = ["Terminal", "run"]
 
-_PROMPT = "› "
+_PROMPT = "> "
 _INTERRUPTED = 130
 _FAILED = 1
 # A model's output could otherwise drive the terminal: escape sequences begin with one of these.
@@ -70,15 +70,14 @@ class Terminal:
         self._note(f"{names} at {self._conversation.server.address}. /help shows the commands.", "dim")
         while not self._left:
             try:
-                line = read_line(_PROMPT)
+                self._take(read_line(_PROMPT))
             except EOFError:
                 self._notes.print()
                 break
             except KeyboardInterrupt:
                 self._note("\nCtrl-D or /exit leaves.", "dim")
-                continue
-            with suppress(ChatError):
-                self._take(line)
+            except ChatError:
+                pass  # it has been shown, and the next question may fare better
         return 0
 
     def ask_all(self, lines: Iterator[str] | list[str], *, commands: bool = True) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import os
 import pty
 import signal
@@ -88,6 +89,7 @@ class _Screen:
     def __init__(self, terminal: int) -> None:
         self._terminal = terminal
         self._text = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._more = asyncio.Event()
         asyncio.get_running_loop().add_reader(terminal, self._read)
 
@@ -108,7 +110,7 @@ class _Screen:
 
     def _read(self) -> None:
         try:
-            self._text += os.read(self._terminal, 65536).decode(errors="replace")
+            self._text += self._decoder.decode(os.read(self._terminal, 65536))
         except OSError:  # the process has closed its end
             asyncio.get_running_loop().remove_reader(self._terminal)
         self._more.set()
@@ -129,7 +131,7 @@ async def test_an_answer_is_interrupted_and_the_chat_goes_on(address: str, group
     process, screen = await _at_a_terminal("--address", address)
     try:
         await screen.until("fake at")
-        await screen.until("› ")
+        await screen.until("> ")
         screen.type("one\n")
         await screen.until("Blub")
         process.send_signal(signal.SIGINT)

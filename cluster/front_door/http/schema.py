@@ -131,6 +131,7 @@ class _Generation(_Body):
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
     prompt_cache_retention: Ignored = None
+    prompt_cache_options: Ignored = None
     spaces_between_special_tokens: Ignored = None
 
     store: Annotated[Any, _only(False)] = None
@@ -192,6 +193,7 @@ class ChatBody(_Generation):
     audio: Annotated[Any, _only()] = None
     prediction: Annotated[Any, _only()] = None
     web_search_options: Annotated[Any, _only()] = None
+    moderation: Annotated[Any, _only()] = None
     reasoning_effort: Annotated[Any, _only()] = None
     verbosity: Annotated[Any, _only()] = None
     echo: Annotated[Any, _only(False)] = None
