@@ -78,7 +78,7 @@ class Groups:
             return cls(generation, SingleRank())
         native.prepare_gloo(hosts[rank])
         native.prepare_nccl()
-        obstacle = _obstacle(settings, hosts) or _agree(shared, rank, plan.num_ranks, settings.dtype)
+        obstacle = _obstacle(settings, hosts) or _agree(shared, rank, settings)
         if obstacle is not None and settings.collectives == "shm":
             raise ValueError(f"collectives: shm is not possible: {obstacle}")
         _initialise(settings, rank, shared, use_shared_memory=obstacle is None)
@@ -115,12 +115,15 @@ def _obstacle(settings: EngineSettings, hosts: tuple[str, ...]) -> str | None:
     return "ranks on several hosts" if len(set(hosts)) > 1 else None
 
 
-def _agree(shared: Any, rank: int, num_ranks: int, dtype: str) -> str | None:
+def _agree(shared: Any, rank: int, settings: EngineSettings) -> str | None:
     """The ranks' first obstacle to shared memory, the same answer at every rank.
 
     Rank 0 leaves a mark in its shared memory: equal addresses do not prove that ranks see the same one.
     """
-    ours = shm.obstacle(num_ranks, dtype)
+    num_ranks = settings.plan.num_ranks
+    ours = shm.obstacle(num_ranks, settings.dtype)
+    if ours is None and settings.collectives == "auto":
+        ours = shm.crowding(num_ranks * settings.num_threads)
     if rank == 0:
         name = secrets.token_hex(8)
         if ours is None:

@@ -20,7 +20,17 @@ from typing import Any
 
 from workers.parallel.build import library_path
 
-__all__ = ["Buffer", "forbid_op", "mapped_buffers", "mark", "obstacle", "offer_op", "release_waiters", "unlink"]
+__all__ = [
+    "Buffer",
+    "crowding",
+    "forbid_op",
+    "mapped_buffers",
+    "mark",
+    "obstacle",
+    "offer_op",
+    "release_waiters",
+    "unlink",
+]
 
 _OP = "deepspeed_shm_comm"
 _FOLDER = Path("/dev/shm")  # noqa: S108 -- the op's own place
@@ -39,6 +49,12 @@ class Buffer:
 def mark(name: str) -> Path:
     """A file by which ranks find out whether they share memory."""
     return _FOLDER / f"shoal-{name}"
+
+
+def crowding(num_threads: int) -> str | None:
+    """Why the op would be slow here, or None: a rank that waits takes a core from the rank that it waits for."""
+    num_cores = len(os.sched_getaffinity(0))
+    return f"{num_threads} threads for {num_cores} cores" if num_threads > num_cores else None
 
 
 def obstacle(world_size: int, dtype: str) -> str | None:

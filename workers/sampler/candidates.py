@@ -18,7 +18,7 @@ from scheduler.request import SamplingParams
 __all__ = ["Candidates", "cut"]
 
 _SIZES = (64, 256, 1024, 4096)
-_FIRST_SIZE_TOP_P = 256
+_SIZE_TOP_P = 256
 _TIE_MARGIN = 8  # how many more than top_k to fetch, so that ties at the cut are usually seen whole
 
 
@@ -38,64 +38,92 @@ def cut(scaled: torch.Tensor, sampling: Sequence[SamplingParams]) -> Iterator[Ca
     Every row has a top_k or a top_p that cuts.
     """
     vocab_size = scaled.shape[1]
-    pending: dict[int, list[int]] = {}
+    limited: dict[int, list[int]] = {}
+    nuclei: list[int] = []
     for row, params in enumerate(sampling):
-        pending.setdefault(_first_size(params, vocab_size), []).append(row)
-    while pending:
-        size = min(pending)
-        rows = pending.pop(size)
-        for part in _by_top_k(rows, sampling, vocab_size):
-            found, unresolved = _cut_at(scaled[part], [sampling[row] for row in part], size)
-            kept = [row for index, row in enumerate(part) if index not in unresolved]
-            if kept:
-                keep = [index for index in range(len(part)) if index not in unresolved]
-                yield Candidates(kept, found.token_ids[keep], found.weights[keep])
-            if unresolved:
-                pending.setdefault(_larger(size, vocab_size), []).extend(part[index] for index in sorted(unresolved))
+        if 0 < params.top_k < vocab_size:
+            limited.setdefault(_size(params.top_k + _TIE_MARGIN, vocab_size), []).append(row)
+        else:
+            nuclei.append(row)
+    while limited:
+        size = min(limited)
+        rows = limited.pop(size)
+        found, unresolved = _cut_at(scaled, rows, sampling, size)
+        yield found
+        if unresolved:
+            limited.setdefault(_size(size + 1, vocab_size), []).extend(unresolved)
+    if nuclei:
+        found, unresolved = _cut_at(scaled, nuclei, sampling, min(_SIZE_TOP_P, vocab_size))
+        yield found
+        if unresolved and scaled.device.type != "cpu":
+            # A GPU sorts quickly, and adds up bins in an order of its own.
+            yield _cut_at(scaled, unresolved, sampling, vocab_size)[0]
+            return
+        for row in unresolved:
+            yield _nucleus(scaled[row], row, sampling[row])
 
 
-def _first_size(params: SamplingParams, vocab_size: int) -> int:
-    wanted = params.top_k + _TIE_MARGIN if 0 < params.top_k < vocab_size else _FIRST_SIZE_TOP_P
+def _size(wanted: int, vocab_size: int) -> int:
     return min(next((size for size in _SIZES if size >= wanted), vocab_size), vocab_size)
 
 
-def _larger(size: int, vocab_size: int) -> int:
-    return min(next((step for step in _SIZES if step > size), vocab_size), vocab_size)
+def _cut_at(
+    scaled: torch.Tensor, rows: list[int], sampling: Sequence[SamplingParams], size: int
+) -> tuple[Candidates, list[int]]:
+    """Applies the filters within the `size` likeliest tokens; also the rows whose cut may lie beyond those.
 
-
-def _by_top_k(rows: list[int], sampling: Sequence[SamplingParams], vocab_size: int) -> Iterator[list[int]]:
-    """Rows with and without top-k apart: they take their total from different places."""
-    limited = [row for row in rows if 0 < sampling[row].top_k < vocab_size]
-    others = [row for row in rows if not 0 < sampling[row].top_k < vocab_size]
-    yield from (part for part in (limited, others) if part)
-
-
-def _cut_at(scaled: torch.Tensor, sampling: list[SamplingParams], size: int) -> tuple[Candidates, set[int]]:
-    """Applies the filters within the `size` likeliest tokens; also the rows whose cut may lie beyond them."""
-    vocab_size = scaled.shape[1]
-    device = scaled.device
-    values, ids = _largest(scaled, size)
-    min_p = torch.tensor([[params.min_p] for params in sampling], device=device)
-    top_p = torch.tensor([[params.top_p] for params in sampling], device=device)
-    limits = [params.top_k if 0 < params.top_k < vocab_size else vocab_size for params in sampling]
+    Either all of `rows` have a top-k that cuts or none has.
+    """
+    vocab_size, device = scaled.shape[1], scaled.device
+    mine = [sampling[row] for row in rows]
+    part = scaled if len(rows) == len(scaled) else scaled[rows]
+    values, ids = _largest(part, size)
+    min_p = torch.tensor([[params.min_p] for params in mine], device=device)
+    top_p = torch.tensor([[params.top_p] for params in mine], device=device)
     weights = values.exp()
-    # The likeliest token always passes min-p: its weight is one.
-    keep = (weights >= min_p) & (torch.arange(size, device=device) < torch.tensor(limits, device=device)[:, None])
-    if limits[0] < vocab_size:
+    keep = weights >= min_p  # the likeliest token always passes: its weight is one
+    if 0 < mine[0].top_k < vocab_size:
+        keep &= torch.arange(size, device=device) < torch.tensor([[params.top_k] for params in mine], device=device)
         probs = values.masked_fill(~keep, -torch.inf).softmax(-1)
     else:
-        passing = scaled.masked_fill(scaled.exp() < min_p, -torch.inf) if bool((min_p > 0).any()) else scaled
+        passing = part.masked_fill(part.exp() < min_p, -torch.inf) if any(params.min_p for params in mine) else part
         probs = passing.softmax(-1).gather(1, ids).masked_fill_(~keep, 0.0)
     before = probs.cumsum(-1) - probs
     keep &= (before < top_p) | (top_p >= 1.0)
     keep[:, 0] = True
+    weights *= keep
     if size == vocab_size:
-        return Candidates([], ids, weights * keep), set()
+        return Candidates(rows, ids, weights), []
     # A cut is known when something smaller than the last survivor was seen, or when nothing more can be drawn.
     last = keep.sum(-1, keepdim=True) - 1
-    known = (values.gather(1, last) > values[:, -1:]) | torch.isneginf(values[:, -1:])
-    unresolved = {index for index, is_known in enumerate(known[:, 0].tolist()) if not is_known}
-    return Candidates([], ids, weights * keep), unresolved
+    known = ((values.gather(1, last) > values[:, -1:]) | torch.isneginf(values[:, -1:]))[:, 0].tolist()
+    if all(known):
+        return Candidates(rows, ids, weights), []
+    index = [number for number, is_known in enumerate(known) if is_known]
+    unresolved = [row for row, is_known in zip(rows, known, strict=True) if not is_known]
+    return Candidates([rows[number] for number in index], ids[index], weights[index]), unresolved
+
+
+def _nucleus(scaled: torch.Tensor, row: int, params: SamplingParams) -> Candidates:
+    """The min-p and top-p cut of one row of any shape, without sorting it.
+
+    Positive floats are ordered like their bits, so the upper sixteen sort the weights into bins; only the bin that
+    the cut goes through is looked at token by token.
+    """
+    weights = scaled.exp()
+    weights.masked_fill_(weights < params.min_p, 0.0)
+    bins = weights.view(torch.int32) >> 16
+    mass = torch.bincount(bins, weights=weights).flip(0).cumsum(0)
+    wanted = params.top_p * float(mass[-1])
+    cut_bin = len(mass) - 1 - int(torch.searchsorted(mass, wanted))
+    above = (bins > cut_bin).nonzero()[:, 0]
+    within = (bins == cut_bin).nonzero()[:, 0]
+    values, order = weights[within].sort(descending=True, stable=True)
+    before = values.double().cumsum(0) - values
+    if cut_bin + 1 < len(mass):
+        before += mass[len(mass) - 2 - cut_bin]
+    ids = torch.cat([above, within[order[before < wanted]]])
+    return Candidates([row], ids[None], weights[ids][None])
 
 
 def _largest(scaled: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

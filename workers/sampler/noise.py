@@ -5,9 +5,9 @@ A token is drawn with the exponential form of the Gumbel-max trick: `argmax_i p_
 a key that is made of the seed and the output position, so it is the same whatever else is in the batch, however
 the prompt was cut into chunks, and on whichever engine a replay runs.
 
-The hash is 32-bit multiply and xor-shift mixing (the finaliser of MurmurHash3, applied twice with a key word
-before each), on int32 tensors whose products wrap; the key is 64 bits of SplitMix64. Right shifts of int32 are
-arithmetic, hence the masks.
+The hash multiplies and shifts 32-bit words, twice, with a word of the key before each; a token's own word comes from
+a table of ids hashed the same way, and the key is 64 bits of SplitMix64. Products of int32 tensors wrap, and their
+right shifts are arithmetic, hence the masks.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ __all__ = ["Noise"]
 
 _MASK64 = (1 << 64) - 1
 _MULTIPLIERS = (0x85EBCA6B, 0xC2B2AE35, 0x7FEB352D)
+_SCALE = (1.0 - 2.0**-23) * 2.0**-31
 
 
 def _signed(word: int) -> int:
@@ -51,20 +52,23 @@ def _xor_shift(x: torch.Tensor, scratch: torch.Tensor, bits: int) -> None:
 
 
 class Noise:
-    """Exponential noise for a vocabulary, on one device."""
+    """Exponential noise for a vocabulary, on one device. Not thread-safe: it keeps its scratch space."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
         self.device = device
         words = torch.arange(vocab_size, dtype=torch.int32, device=device)
-        words.mul_(_signed(0x9E3779B1))
-        _xor_shift(words, torch.empty_like(words), 15)
+        spare = torch.empty_like(words)
+        for multiplier, bits in ((_M1, 16), (_M2, 15), (_M3, 16)):
+            words.mul_(multiplier)
+            _xor_shift(words, spare, bits)
         self._words = words
+        self._scratch = torch.empty(0, dtype=torch.int32, device=device)
 
-    def exponential(
+    def negative(
         self, seeds: Sequence[int], positions: Sequence[int], token_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[rows, n] fp32 draws of Exp(1), one row per (seed, position).
+        """[rows, n] fp32 draws of -Exp(1), one row per (seed, position), valid until the next call.
 
         `token_ids` is [rows, n] int64, or None for the whole vocabulary in order.
         """
@@ -72,15 +76,20 @@ class Noise:
         keys = torch.tensor(pairs, dtype=torch.int32, device=self.device)
         first, second = keys[:, :1], keys[:, 1:]
         words = self._words if token_ids is None else self._words[token_ids]
-        x = words ^ first
-        scratch = torch.empty_like(x)
+        x, spare = self._buffers(len(pairs), words.shape[-1])
+        torch.bitwise_xor(words, first, out=x)
         x.mul_(_M1)
-        _xor_shift(x, scratch, 16)
+        _xor_shift(x, spare, 15)
         x.bitwise_xor_(second).mul_(_M2)
-        _xor_shift(x, scratch, 15)
-        x.mul_(_M3)
-        _xor_shift(x, scratch, 16)
-        x.bitwise_and_(0x7FFFFFFF)
-        # 31 bits as a number in (0, 1): small values, which make the rare large Gumbels, keep full precision.
-        uniform = x.to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1.0 - 2.0**-24)
-        return uniform.neg_().log1p_().neg_()
+        # The high 31 bits of a product depend on all bits before it: what is left is a number in (0, 1).
+        torch.bitwise_right_shift(x, 1, out=spare)
+        spare.bitwise_and_(0x7FFFFFFF)
+        # Small ones, which make the rare large draws, keep full precision; the largest stays below one.
+        return x.view(torch.float32).copy_(spare).add_(0.5).mul_(-_SCALE).log1p_()
+
+    def _buffers(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two [rows, columns] int32 tensors: fresh memory would cost more than the arithmetic."""
+        size = rows * columns
+        if self._scratch.numel() < 2 * size:
+            self._scratch = torch.empty(2 * size, dtype=torch.int32, device=self.device)
+        return self._scratch[:size].view(rows, columns), self._scratch[size : 2 * size].view(rows, columns)

@@ -14,6 +14,8 @@ from workers.sampler.noise import Noise
 
 __all__ = ["Sampler"]
 
+_ROWS_AT_ONCE = 16  # bounds the scratch space of the noise
+
 
 @dataclass(frozen=True, slots=True)
 class _Row:
@@ -100,10 +102,19 @@ class Sampler:
         self, weights: torch.Tensor, sequences: list[ScheduledSequence], token_ids: torch.Tensor | None = None
     ) -> list[int]:
         """The column that wins in each row: the largest weight over noise. Overwrites `weights`."""
+        picks: list[int] = []
+        for start in range(0, len(sequences), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            picks += self._heat(weights[rows], sequences[rows], None if token_ids is None else token_ids[rows])
+        return picks
+
+    def _heat(
+        self, weights: torch.Tensor, sequences: list[ScheduledSequence], token_ids: torch.Tensor | None
+    ) -> list[int]:
         seeds = [sequence.sampling.seed for sequence in sequences]
         positions = [sequence.position for sequence in sequences]
         assert self._noise is not None
-        return _argmax(weights.div_(self._noise.exponential(seeds, positions, token_ids)))
+        return _argmax(weights.div_(self._noise.negative(seeds, positions, token_ids)).neg_())
 
 
 def _argmax(rows: torch.Tensor) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import psutil
 import pytest
@@ -65,6 +66,12 @@ def test_a_small_shared_memory_is_an_obstacle() -> None:
     reason = shm.obstacle(10**9, "float32")
     assert reason is not None
     assert "shared memory" in reason or "/dev/shm has" in reason
+
+
+def test_ranks_that_wait_must_not_take_each_others_cores() -> None:
+    num_cores = len(os.sched_getaffinity(0))
+    assert shm.crowding(num_cores) is None
+    assert shm.crowding(num_cores + 1) == f"{num_cores + 1} threads for {num_cores} cores"
 
 
 @pytest.mark.parametrize(
