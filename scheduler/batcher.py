@@ -24,6 +24,7 @@ from scheduler.heap import RemovableHeap
 from scheduler.intake import ended_on_arrival, max_output_tokens
 from scheduler.plan import Event, FinishReason, SequenceResult, StepPlan, StepResult
 from scheduler.policy import Order, OrderKey, priority_then_arrival
+from scheduler.prefix import PrefixCache
 from scheduler.request import Request
 from scheduler.sequence import Sequence, State, Trigger
 from scheduler.settings import BatcherLoad, BatcherSettings
@@ -44,12 +45,21 @@ class Batcher:
         generation: int = 0,
         order: Order = priority_then_arrival,
         queue: WaitingQueue | None = None,
+        prefix_key: bytes = b"",
     ) -> None:
         self.settings = settings
         self.generation = generation
         self._clock = clock
         self._order = order
         self._pool = BlockPool(settings.num_blocks, settings.block_size)
+        self._prefixes: PrefixCache | None = None
+        if settings.prefix_cache:
+            self._prefixes = PrefixCache(
+                self._pool,
+                wait_tokens=settings.prefix_wait_tokens,
+                share_tenants=settings.share_prefixes,
+                key=prefix_key,
+            )
         self._waiting: WaitingQueue = OrderedQueue() if queue is None else queue
         self._running: list[Sequence] = []  # sorted by `order`
         self._open: dict[str, Sequence] = {}
@@ -149,6 +159,7 @@ class Batcher:
         return events
 
     def load(self) -> BatcherLoad:
+        prefixes = self._prefixes
         return BatcherLoad(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
@@ -157,6 +168,8 @@ class Batcher:
             num_blocks=self._pool.num_blocks,
             num_preemptions=self._num_preemptions,
             step_s=self._step_s,
+            prefix_hit_tokens=0 if prefixes is None else prefixes.num_hit_tokens,
+            prefix_query_tokens=0 if prefixes is None else prefixes.num_query_tokens,
         )
 
     def check_integrity(self) -> None:
@@ -182,6 +195,12 @@ class Batcher:
             assert sequence.num_computed + sequence.num_scheduled <= len(sequence.token_ids)
             assert sequence.num_remaining > 0
             assert not (sequence.first_token_sent and sequence.prompt_logprobs)
+            num_full = sequence.num_computed // self._pool.block_size
+            assert sequence.num_published <= num_full
+            # What another may find or share is full, and so is never written again.
+            for block_id in sequence.block_ids[sequence.num_published :]:
+                assert self._pool.hash_of(block_id) is None
+                assert self._pool.num_owned_alone([block_id])
         for sequence in self._deadlines:
             assert self._open.get(sequence.request.key) is sequence
 
@@ -217,6 +236,7 @@ class Batcher:
             victim.apply(Trigger.PREEMPT)
             self._release(victim)
             victim.num_computed = 0
+            victim.was_preempted = True
             self._num_preemptions += 1
             self._waiting.push(victim)
 
@@ -225,9 +245,20 @@ class Batcher:
             if draft.num_tokens_left == 0:
                 return
             if sequence.num_scheduled == 0:
-                num_tokens = draft.room_for(sequence)
-                if num_tokens:
-                    draft.add(sequence, num_tokens)
+                if self._prefixes is not None:
+                    self._prefixes.advance(sequence)
+                self._schedule_chunk(draft, sequence)
+
+    def _schedule_chunk(self, draft: Draft, sequence: Sequence) -> None:
+        """Schedule what fits; nothing where another sequence of this step computes what this one can share then."""
+        prefixes = self._prefixes
+        if prefixes is not None and prefixes.awaits(sequence, draft.computing):
+            return
+        num_tokens = draft.room_for(sequence)
+        if num_tokens:
+            if prefixes is not None:
+                draft.computing.update(prefixes.remaining_hashes(sequence))
+            draft.add(sequence, num_tokens)
 
     def _admit(self, draft: Draft, now_s: float) -> None:
         """Move the queue's head into the batch while slots, tokens and blocks last.
@@ -239,22 +270,29 @@ class Batcher:
             sequence = self._waiting.peek()
             if sequence is None:
                 return
-            num_blocks = self._pool.blocks_for(len(sequence.token_ids))
-            num_tokens = draft.room_for(sequence)
-            if num_tokens == 0 or not self._pool.can_allocate(num_blocks + len(self._running)):
+            found = [] if self._prefixes is None else self._prefixes.find(sequence)
+            num_blocks = self._pool.blocks_for(len(sequence.token_ids)) - len(found)
+            if draft.room_for(sequence, len(found) * self._pool.block_size) == 0:
+                return
+            if not self._pool.can_allocate(num_blocks + self._pool.num_idle(found) + len(self._running)):
                 return
             self._waiting.remove(sequence)
             sequence.apply(Trigger.ADMIT)
-            sequence.block_ids = self._pool.allocate(num_blocks)
+            self._pool.share(found)
+            sequence.block_ids = found + self._pool.allocate(num_blocks)
+            if self._prefixes is not None:
+                self._prefixes.admit(sequence, found)
             if sequence.first_scheduled_s is None:
                 sequence.first_scheduled_s = now_s
             insort(self._running, sequence, key=_order_of)
-            draft.add(sequence, num_tokens)
+            self._schedule_chunk(draft, sequence)
 
     def _advance(self, sequence: Sequence, made: SequenceResult, now_s: float) -> Event | None:
         """Move a sequence past its part of the step; the event of its new token where there is one."""
         sequence.num_computed += sequence.num_scheduled
         sequence.num_scheduled = 0
+        if self._prefixes is not None:
+            self._prefixes.publish(sequence)
         if sequence.predicts_prompt:
             sequence.take_prompt_logprobs(made.prompt_logprobs)
         if sequence.num_remaining:
@@ -309,8 +347,10 @@ class Batcher:
             self._running = [sequence for sequence in self._running if sequence.state is not State.FINISHED]
 
     def _release(self, sequence: Sequence) -> None:
-        self._pool.release(sequence.block_ids)
+        # A prefix is of use without what follows it, not the other way round: the last block goes first.
+        self._pool.release(reversed(sequence.block_ids))
         sequence.block_ids = []
+        sequence.num_published = 0
 
 
 def _order_of(sequence: Sequence) -> OrderKey:

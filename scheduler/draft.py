@@ -24,17 +24,20 @@ class Draft:
 
     def __init__(self, *, num_tokens: int, num_prompt_logits: int) -> None:
         self.num_tokens_left = num_tokens
+        self.computing: set[bytes] = set()  # hashes of blocks that this step's prefills have to compute
         self._num_prompt_logits_left = num_prompt_logits
         self._decodes: list[ScheduledSequence] = []
         self._chunks: list[ScheduledSequence] = []
         self._decoding: list[Sequence] = []
         self._chunked: list[Sequence] = []
 
-    def room_for(self, sequence: Sequence) -> int:
-        """How many of its remaining tokens fit; none where rows of logits have run out."""
-        num_tokens = min(sequence.num_remaining, self.num_tokens_left)
+    def room_for(self, sequence: Sequence, num_computed: int | None = None) -> int:
+        """How many of the tokens after the first `num_computed` fit; none where rows of logits have run out."""
+        if num_computed is None:
+            num_computed = sequence.num_computed
+        num_tokens = min(len(sequence.token_ids) - num_computed, self.num_tokens_left)
         if sequence.predicts_prompt:
-            num_predicted_again = max(0, sequence.num_prompt_predicted - sequence.num_computed)
+            num_predicted_again = max(0, sequence.num_prompt_predicted - num_computed)
             num_tokens = min(num_tokens, num_predicted_again + self._num_prompt_logits_left)
         return num_tokens
 

@@ -54,7 +54,7 @@ class Sequence:
 
     `token_ids` is prompt and output, `num_computed` of them are in the cache, `num_scheduled` more are in the step in
     flight. `max_output_tokens` is what max_tokens and the lengths leave. `num_prompt_predicted` prompt tokens after the
-    first have their logprobs.
+    first have their logprobs. `num_published` leading blocks of the table were published, or came from the cache.
     """
 
     request: Request
@@ -68,6 +68,9 @@ class Sequence:
     num_computed: int = 0
     num_scheduled: int = 0
     block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_published: int = 0
+    was_preempted: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_cached_tokens: int = 0
     first_scheduled_s: float | None = None

@@ -6,14 +6,27 @@ from dataclasses import dataclass
 
 __all__ = ["BatcherLoad", "BatcherSettings"]
 
+_COUNTS = (
+    "max_batch_size",
+    "max_batch_tokens",
+    "max_model_len",
+    "block_size",
+    "num_blocks",
+    "max_waiting",
+    "max_prompt_logits",
+    "prefix_wait_tokens",
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatcherSettings:
-    """The limits of one DP group. Raises ValueError naming the field for a value below one.
+    """The limits of one DP group. Raises ValueError naming the field for a value out of range.
 
     A step runs at most `max_batch_tokens` tokens of at most `max_batch_size` sequences, and makes at most
     `max_prompt_logits` rows of logits for prompt logprobs (a row is as wide as the vocabulary).
-    `max_model_len` bounds prompt and output together.
+    `max_model_len` bounds prompt and output together. With `prefix_cache`, sequences of a tenant share the blocks of
+    common prefixes, and a prefill waits for one in progress that will spare it at least `prefix_wait_tokens`. With
+    `share_prefixes` those of all tenants share, and the time to a first token tells one what another has asked.
     """
 
     max_batch_size: int
@@ -23,9 +36,12 @@ class BatcherSettings:
     num_blocks: int
     max_waiting: int
     max_prompt_logits: int = 512
+    prefix_cache: bool = True
+    prefix_wait_tokens: int = 64
+    share_prefixes: bool = False
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
@@ -47,7 +63,10 @@ class BatcherSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatcherLoad:
-    """How busy a DP group is. `num_waiting_tokens` are those to prefill before the queue is empty."""
+    """How busy a DP group is. `num_waiting_tokens` are those to prefill before the queue is empty.
+
+    Of the `prefix_query_tokens` tokens of all sequences admitted so far, `prefix_hit_tokens` came from the cache.
+    """
 
     num_running: int
     num_waiting: int

@@ -7,7 +7,7 @@ from tests.unit.scheduler.harness import Bench, request, settings
 
 
 def test_the_newest_gives_its_blocks_back_and_is_computed_again() -> None:
-    bench = Bench(settings(num_blocks=6))
+    bench = Bench(settings(num_blocks=6, prefix_cache=False))
     bench.submit(request("a", 4, max_tokens=16), request("b", 4, max_tokens=16))
     first_to_wait = None
     while bench.finish("a") is None:

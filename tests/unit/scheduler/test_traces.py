@@ -15,11 +15,13 @@ from tests.unit.scheduler.harness import VOCAB_SIZE, Bench, expected_output, req
 from tests.unit.scheduler.harness import settings as limits
 
 TOKENS = st.integers(0, VOCAB_SIZE - 1)
+BEGINNINGS: tuple[list[int], ...] = ([], [7] * 9, list(range(14)), list(range(8)))
 
 
 @st.composite
 def requests(draw: st.DrawFn, key: str, now_s: float) -> Request:
-    prompt = draw(st.lists(TOKENS, min_size=1, max_size=20))
+    beginning = draw(st.sampled_from(BEGINNINGS))
+    prompt = [*beginning, *draw(st.lists(TOKENS, min_size=1, max_size=20 - len(beginning)))]
     max_tokens = draw(st.integers(1, 12))
     return request(
         key,
@@ -33,6 +35,7 @@ def requests(draw: st.DrawFn, key: str, now_s: float) -> Request:
         prompt_logprobs=draw(st.sampled_from([None, 0])),
         priority=draw(st.integers(-1, 1)),
         deadline_s=draw(st.sampled_from([None, None, now_s + 2.0, now_s + 9.0])),
+        tenant=draw(st.sampled_from(["", "t"])),
     )
 
 
@@ -47,6 +50,9 @@ class Trace(RuleBasedStateMachine):
         max_waiting=st.integers(1, 8),
         max_prompt_logits=st.integers(1, 24),
         max_model_len=st.integers(4, 32),
+        prefix_cache=st.booleans(),
+        prefix_wait_tokens=st.integers(1, 12),
+        share_prefixes=st.booleans(),
     )
     def start(self, **changes: int) -> None:
         self.bench = Bench(limits(**changes))
@@ -75,6 +81,7 @@ class Trace(RuleBasedStateMachine):
                 output_token_ids=emitted,
                 deadline_s=fresh.deadline_s,
                 priority=fresh.priority,
+                tenant=fresh.tenant,
             )
         )
 
@@ -142,7 +149,7 @@ def random_request(rng: random.Random, key: str, now_s: float) -> Request:
     max_tokens = rng.randint(1, 24)
     return request(
         key,
-        [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 40))],
+        [*rng.choice(BEGINNINGS), *(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 26)))],
         arrival_s=now_s,
         max_tokens=max_tokens,
         min_tokens=rng.randint(0, max_tokens),
@@ -150,6 +157,7 @@ def random_request(rng: random.Random, key: str, now_s: float) -> Request:
         priority=rng.randint(0, 2),
         deadline_s=now_s + rng.uniform(1.0, 60.0) if rng.random() < 0.1 else None,
         prompt_logprobs=rng.choice([None, None, 0]),
+        tenant=rng.choice("ab"),
     )
 
 
@@ -157,7 +165,17 @@ def random_request(rng: random.Random, key: str, now_s: float) -> Request:
 def test_a_long_trace_under_pressure(seed: int) -> None:
     """Many requests through a pool that holds a few of them: thousands of steps, many of which preempt."""
     rng = random.Random(seed)
-    bench = Bench(limits(num_blocks=18, max_batch_size=6, max_batch_tokens=20, max_waiting=12, max_prompt_logits=8))
+    bench = Bench(
+        limits(
+            num_blocks=18,
+            max_batch_size=6,
+            max_batch_tokens=20,
+            max_waiting=12,
+            max_prompt_logits=8,
+            prefix_cache=seed % 3 > 0,
+            prefix_wait_tokens=6,
+        )
+    )
     for number in range(1500):
         bench.clock.now_s += 1.0
         if rng.random() < 0.3:
@@ -165,11 +183,13 @@ def test_a_long_trace_under_pressure(seed: int) -> None:
         if bench.schedule() is None:
             continue
         if rng.random() < 0.03:
-            bench.cancel(rng.choice(sorted(bench.requests)))
+            bench.cancel(rng.choice([key for key in bench.requests if bench.finish(key) is None]))
         bench.commit()
     bench.drain()
     bench.check_end()
     check_prompt_logprobs(bench)
     ends = {bench.finish(key) for key in bench.requests}
     assert {FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE, FinishReason.CANCELLED} <= ends
-    assert bench.batcher.load().num_preemptions > 30
+    load = bench.batcher.load()
+    assert load.num_preemptions > 30
+    assert (load.prefix_hit_tokens > 300) == bench.limits.prefix_cache
