@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cluster.cli.chat import chat
+
 __all__ = ["app"]
 
 app = typer.Typer(
@@ -18,6 +20,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="Models by name.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+app.command()(chat)
 
 
 class LogLevel(StrEnum):
@@ -33,8 +36,10 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", help="A YAML file
 ModelsDirOption = Annotated[
     Path | None, typer.Option(help="Where pulled models are kept (or SHOAL_MODELS_DIR).", show_default=False)
 ]
-TargetOption = Annotated[str, typer.Option("--target", help="A front door's gRPC address.")]
-KeyOption = Annotated[str | None, typer.Option("--api-key", help="Sent as a bearer token.", show_default=False)]
+DoorOption = Annotated[str, typer.Option(help="A front door's gRPC address.")]
+KeyOption = Annotated[
+    str | None, typer.Option(envvar="SHOAL_API_KEY", help="Sent as a bearer token.", show_default=False)
+]
 
 
 @app.command()
@@ -94,14 +99,14 @@ def models_pull(name: str, models_dir: ModelsDirOption = None) -> None:
 
 @app.command()
 def status(
-    target: TargetOption = "127.0.0.1:9000",
+    address: DoorOption = "127.0.0.1:9000",
     api_key: KeyOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
     """Show engines, ranks and front doors of a running cluster."""
     from cluster.cli.status import show
 
-    show(target, api_key, as_json=as_json)
+    show(address, api_key, as_json=as_json)
 
 
 @app.command()

@@ -107,7 +107,7 @@ def test_asking_nobody_for_status() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     assert (
-        refused("status", "--target", f"127.0.0.1:{port}", code=FAILURE) == f"127.0.0.1:{port}: no front door answers"
+        refused("status", "--address", f"127.0.0.1:{port}", code=FAILURE) == f"127.0.0.1:{port}: no front door answers"
     )
 
 
