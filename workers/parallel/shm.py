@@ -63,7 +63,7 @@ def obstacle(world_size: int, dtype: str) -> str | None:
         return "shared memory needs Linux"
     if library_path() is None:
         return "shared memory is not compiled: run python -m workers.parallel.build"
-    if _deepspeed_is_initialised():
+    if mapped_buffers():
         return "shared memory serves a process's first group only"
     needed = "avx2" if dtype == "float32" else "avx512bw"
     if platform.machine() == "x86_64" and not _cpu_has(needed):
@@ -72,12 +72,6 @@ def obstacle(world_size: int, dtype: str) -> str | None:
     if free_bytes < world_size * _BUFFER_BYTES:
         return f"{_FOLDER} has {free_bytes >> 20} MiB, and {world_size * _BUFFER_BYTES >> 20} are needed"
     return None
-
-
-def _deepspeed_is_initialised() -> bool:
-    from deepspeed import comm
-
-    return bool(comm.is_initialized())
 
 
 def _cpu_has(flag: str) -> bool:
