@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from cluster.front_door.incidents import incident
 __all__ = ["Context", "Guard", "Malformed", "Method", "check_parsed", "handler"]
 
 Context = grpc.aio.ServicerContext[Any, Any]
+log = logging.getLogger(__name__)
+
 M = TypeVar("M", bound=Message)
 # Longer than any real deadline: what some clients send for "none".
 _FOREVER_S = 10 * 365 * 24 * 3600.0
@@ -54,6 +57,10 @@ class Guard:
                 failure = error
             except grpc.aio.AbortError:
                 raise
+            except grpc.aio.InternalError:
+                # What a write raises where the client has gone and the news has not got round yet.
+                log.debug("the client of %s is gone", name)
+                return None
             except Exception as error:
                 failure = incident(error, f"gRPC method {name}")
             await context.abort(WIRE[type(failure)].grpc, failure.message, trailing_metadata(failure))

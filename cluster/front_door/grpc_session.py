@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
@@ -19,6 +20,8 @@ from protos.shoal.v1 import inference_pb2 as pb
 
 __all__ = ["Session"]
 
+log = logging.getLogger(__name__)
+
 
 class Session:
     """One client's stream. An error ends its request, never the stream; the stream's end ends all its requests."""
@@ -32,9 +35,12 @@ class Session:
 
     async def run(self, requests: AsyncIterator[pb.SessionRequest]) -> None:
         """Until the client has sent its last request and got its last answer."""
-        async with asyncio.TaskGroup() as tasks:
-            async for request in requests:
-                await self._take(request, tasks)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                async for request in requests:
+                    await self._take(request, tasks)
+        except* grpc.aio.InternalError:
+            log.debug("the client of a session is gone")  # a write found out before the news got round
 
     async def _take(self, request: pb.SessionRequest, tasks: asyncio.TaskGroup) -> None:
         request_id = ""
@@ -70,7 +76,7 @@ class Session:
                     await self._send(pb.SessionEvent(chunk=message))
         except RequestError as error:
             await self._fail(call.request_id, error)
-        except grpc.aio.BaseError:
+        except grpc.aio.InternalError:
             raise  # the stream itself
         except Exception as error:
             await self._fail(call.request_id, incident(error, f"session request {call.request_id}"))

@@ -1,0 +1,102 @@
+"""A front door on free ports, in front of fake DP groups."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from cluster.front_door.limits import Limits
+from cluster.front_door.server import FrontDoorServer, FrontDoorSettings
+from protos.shoal.v1 import inference_pb2 as pb
+from protos.shoal.v1 import inference_pb2_grpc
+from tests.fakes import CARD, SECRET, ByteCodec, FakeGroup, LineTemplate, hashed, serving
+
+__all__ = ["Door", "Stream", "expected_text", "open_door", "ready", "request", "rest", "take"]
+
+Stream = grpc.aio.UnaryStreamCall[Any, pb.GenerateChunk]
+
+
+@dataclass
+class Door:
+    """A server and a client of it."""
+
+    server: FrontDoorServer
+    channel: grpc.aio.Channel
+    stub: inference_pb2_grpc.InferenceAsyncStub
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.server.grpc_port}"
+
+
+@asynccontextmanager
+async def open_door(
+    *groups: FakeGroup,
+    limits: Limits | None = None,
+    api_keys: Mapping[str, str] | None = None,
+    http: bool = False,
+    secret: str = SECRET,
+    await_groups: bool = True,
+) -> AsyncIterator[Door]:
+    """Groups are started, the door opened, and all of it ended whatever happens."""
+    settings = FrontDoorSettings(
+        front_door_id="test",
+        secret=secret,
+        grpc_port=0,
+        http_port=0 if http else None,
+        limits=limits or Limits(),
+        api_keys=api_keys or {},
+    )
+    async with serving(*groups):
+        server = FrontDoorServer(settings, card=CARD, codec=ByteCodec(), template=LineTemplate())
+        await server.start()
+        try:
+            server.set_groups([group.address for group in groups])
+            if await_groups:
+                await ready(server, len(groups))
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+                yield Door(server, channel, inference_pb2_grpc.InferenceStub(channel))
+        finally:
+            await server.stop()
+
+
+async def ready(server: FrontDoorServer, num_groups: int) -> None:
+    """Waits for the streams to this many groups."""
+    changed = asyncio.Event()
+    server.links.on_change(changed.set)
+    async with asyncio.timeout(20):
+        while sum(link.ready for link in server.links.links.values()) < num_groups:
+            await changed.wait()
+            changed.clear()
+
+
+def expected_text(prompt: list[int], seed: int, num_tokens: int) -> str:
+    """What a group that `hashed` speaks for answers when nothing goes wrong."""
+    output: list[int] = []
+    while len(output) < num_tokens:
+        output.append(hashed(prompt, output, seed))
+    return bytes(output).decode()
+
+
+def request(text: str = "hi", **sampling: object) -> pb.GenerateRequest:
+    return pb.GenerateRequest(text=text, sampling=pb.SamplingParams(**sampling))  # type: ignore[arg-type]
+
+
+async def take(stream: Stream) -> pb.GenerateChunk:
+    """The next chunk, which there must be."""
+    chunk = await stream.read()
+    assert isinstance(chunk, pb.GenerateChunk)
+    return chunk
+
+
+async def rest(stream: Stream) -> list[pb.GenerateChunk]:
+    """All further chunks of a stream that `take` has read from."""
+    chunks = []
+    while isinstance(chunk := await stream.read(), pb.GenerateChunk):
+        chunks.append(chunk)
+    return chunks
