@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,11 +16,14 @@ from workers.memory import free_bytes
 from workers.model.build import build_decoder
 from workers.model.config import ModelConfig, read_config
 from workers.model.decoder import Decoder
-from workers.model.sharding import Shard, check_plan, shard_parameters
+from workers.model.sharding import Shard, check_plan, experts_of, shard_parameters
 from workers.parallel.collectives import Collectives
+from workers.parallel.dispatch import Dispatch, LocalDispatch, ShareDispatch
 from workers.parallel.plan import RankPlace
 from workers.runner import Report, Runner
 from workers.settings import EngineSettings
+from workers.weights.index import read_index
+from workers.weights.layout import has_fused_experts, log_skipped_layers
 from workers.weights.load import Progress, WeightReader
 
 __all__ = ["assemble", "check_plan"]
@@ -41,18 +45,29 @@ def assemble(
     _check_settings(settings, config)
     dtype, device = _DTYPES[settings.dtype], torch.device(settings.device)
     kernels = select_kernels(device, dtype)
-    shard = Shard(config, place.tensor_index, settings.plan.tensor)
-    parameters = shard_parameters(shard)
-    with WeightReader(folder, parameters, dtype, progress=progress) as reader:
+    index = read_index(folder)
+    log_skipped_layers(config, index)
+    shard = _shard(config, place, settings, has_fused_experts(index))
+    with WeightReader(
+        folder, shard_parameters(shard), dtype, index=index, quantization=config.quantization, progress=progress
+    ) as reader:
         weight_bytes = _weight_bytes(shard, kernels, dtype)
         _check_weights_fit(settings, weight_bytes, device)
+        dispatch = _dispatch(shard, device)
 
         def take(name: str) -> torch.Tensor | None:
             return reader.read(name).to(device) if name in reader else None
 
         with torch.inference_mode():
             decoder = build_decoder(
-                shard, take, kernels, tensor, num_positions=settings.max_model_len, dtype=dtype, device=device
+                shard,
+                take,
+                kernels,
+                tensor,
+                dispatch=dispatch,
+                num_positions=settings.max_model_len,
+                dtype=dtype,
+                device=device,
             )
         bytes_read = reader.bytes_read
     cache = _cache(settings, decoder, weight_bytes, tensor, dtype, device)
@@ -85,14 +100,32 @@ def _check_settings(settings: EngineSettings, config: ModelConfig) -> None:
         )
 
 
+def _shard(config: ModelConfig, place: RankPlace, settings: EngineSettings, fused_experts: bool) -> Shard:
+    """The rank's part of the model; its experts are a share of those of the tensor axis."""
+    index, size = place.tensor_index, settings.plan.tensor
+    held = () if config.moe is None else experts_of(config.moe.gate.num_experts, index, size)
+    return Shard(config, index, size, held, fused_experts)
+
+
+def _dispatch(shard: Shard, device: torch.device) -> Dispatch[Any] | None:
+    """How tokens reach their experts; None for a model without."""
+    if shard.config.moe is None:
+        return None
+    num_experts = shard.config.moe.gate.num_experts
+    return LocalDispatch(num_experts) if shard.size == 1 else ShareDispatch(num_experts, shard.experts, device)
+
+
 def _weight_bytes(shard: Shard, kernels: Kernels, dtype: torch.dtype) -> int:
     """What the rank's parameters take once built."""
     parameters = shard_parameters(shard)
-    num_elements = sum(math.prod(parameter.shape) for parameter in parameters.values())
+    size_bytes = sum(
+        math.prod(parameter.shape) * (torch.float32.itemsize if parameter.full_precision else dtype.itemsize)
+        for parameter in parameters.values()
+    )
     if shard.config.tie_word_embeddings and kernels.packs_weights:
         # the head needs the embedding in another layout than the look-up does
-        num_elements += math.prod(parameters["embedding"].shape)
-    return num_elements * dtype.itemsize
+        size_bytes += math.prod(parameters["embedding"].shape) * dtype.itemsize
+    return size_bytes
 
 
 def _check_weights_fit(settings: EngineSettings, weight_bytes: int, device: torch.device) -> None:

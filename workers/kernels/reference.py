@@ -66,14 +66,31 @@ class ReferenceKernels:
         x.mul_(cos).addcmul_(rolled, sin)
 
     def attend_decode(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None = None,
     ) -> torch.Tensor:
         # The queries that share a kv head are rows of one small matrix: no key or value is repeated.
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return out.reshape(q.shape[0], -1)
 
     def attend_prefill(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None = None,
     ) -> torch.Tensor:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        missing = k.shape[-1] - v.shape[-1]
+        if missing > 0:  # torch's fast attention wants values as wide as keys
+            v = F.pad(v, (0, missing))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+        if missing > 0:
+            out = out[..., :-missing]
         return out.transpose(1, 2).reshape(q.shape[2], -1)

@@ -1,8 +1,8 @@
 """What a model asks of the device it runs on.
 
 Shape suffixes: T tokens of the step, B sequences that decode, C context length, H query heads, K key-value heads,
-G = H / K, D width of a head. Every operation has a plain torch reference (`reference.py`) that a faster version must
-match; `select.py` chooses once.
+G = H / K, D width of a head, V of its values. Every operation has a plain torch reference (`reference.py`) that a
+faster version must match; `select.py` chooses once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Norm(Protocol):
 
 
 class Kernels(Protocol):
-    """The operations of a dense model, for one dtype on one device."""
+    """The operations of a model, for one dtype on one device."""
 
     @property
     def description(self) -> str:
@@ -69,19 +69,29 @@ class Kernels(Protocol):
         ...
 
     def attend_decode(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None = None,
     ) -> torch.Tensor:
         """One query token for each of B sequences: q [B, K, G, D], k and v [B, K, C, D], gives [B, H * D].
 
-        `mask` [B, 1, 1, C] is added to the scores, in the dtype of q.
+        `mask` [B, 1, 1, C] is added to the scores, in the dtype of q. `scale` is on them; None is 1 / sqrt(D).
         """
         ...
 
     def attend_prefill(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None = None,
     ) -> torch.Tensor:
-        """T query tokens of one sequence: q [1, H, T, D], k and v [1, K, C, D], gives [T, H * D].
+        """T query tokens of one sequence: q [1, H, T, D], k [1, K, C, D], v [1, K, C, V], gives [T, H * V].
 
-        `mask` [T, C] is added to the scores; None is the causal mask of C = T.
+        `mask` [T, C] is added to the scores; None is the causal mask of C = T. `scale` is as for `attend_decode`.
         """
         ...

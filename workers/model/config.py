@@ -1,8 +1,8 @@
-"""What a dense checkpoint's config.json says, checked and in our words.
+"""What a checkpoint's config.json says, checked and in our words.
 
-Supported: `llama`, `qwen2` and `qwen3`. Both ways of writing rotary embeddings are read: `rope_theta` with
-`rope_scaling` (transformers 4) and `rope_parameters` (transformers 5). This file needs no torch, so that configuration
-code may read a model's sizes cheaply.
+Supported: `llama`, `qwen2`, `qwen3`, `deepseek_v2`, `deepseek_v3`, and `kimi_k2`, which is a V3. Both ways of writing
+rotary embeddings are read: `rope_theta` with `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5).
+This file needs no torch, so that configuration code may read a model's sizes cheaply.
 """
 
 from __future__ import annotations
@@ -13,10 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workers.model.fields import Fields
+from workers.model.mla_config import MLAConfig, read_mla
+from workers.model.moe_config import MoEConfig, read_moe
+from workers.model.quantization import BlockQuantization, read_quantization
 
 __all__ = ["SUPPORTED", "ModelConfig", "RopeConfig", "read_config"]
 
-SUPPORTED = ("llama", "qwen2", "qwen3")
+SUPPORTED = ("llama", "qwen2", "qwen3", "deepseek_v2", "deepseek_v3", "kimi_k2")
+_DEEPSEEK = SUPPORTED[3:]
+_DEFAULT_POSITIONS = {
+    "llama": 2048,
+    "qwen2": 32768,
+    "qwen3": 32768,
+    "deepseek_v2": 2048,
+    "deepseek_v3": 4096,
+    "kimi_k2": 4096,
+}
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -40,7 +52,11 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Sizes and switches of a dense decoder."""
+    """Sizes and switches of a decoder.
+
+    With `mla` the attention is latent: `head_dim` is what of a head is rotated, and there are as many kv heads as
+    heads. `moe` says which layers have experts; `intermediate_size` is the inner width of the others.
+    """
 
     model_type: str
     vocab_size: int
@@ -54,11 +70,14 @@ class ModelConfig:
     rms_norm_eps: float
     rope: RopeConfig
     tie_word_embeddings: bool
-    qkv_bias: bool
+    qkv_bias: bool  # with `mla`: of the projections to the latents
     output_bias: bool  # of the attention's output projection
     mlp_bias: bool
     qk_norm: bool  # RMS norm of each query and key head before the rotation
     dtype: str  # what the checkpoint says it was saved in
+    mla: MLAConfig | None = None
+    moe: MoEConfig | None = None
+    quantization: BlockQuantization | None = None
 
     @property
     def architecture(self) -> str:
@@ -94,6 +113,14 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     attention_bias = fields.flag("attention_bias", False)
     num_heads = fields.size("num_attention_heads")
     hidden_size = fields.size("hidden_size")
+    # qwen3's own default is 128 whatever the hidden size
+    head_dim = fields.size("head_dim", 128 if model_type == "qwen3" else max(1, hidden_size // num_heads))
+    mla = moe = None
+    if model_type in _DEEPSEEK:
+        sigmoid = model_type != "deepseek_v2"
+        mla = read_mla(fields, always_interleaved=not sigmoid)
+        moe = read_moe(fields, sigmoid=sigmoid)
+        head_dim = mla.rope_dim
     config = ModelConfig(
         model_type=model_type,
         vocab_size=fields.size("vocab_size"),
@@ -101,10 +128,9 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         intermediate_size=fields.size("intermediate_size"),
         num_layers=fields.size("num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=fields.size("num_key_value_heads", num_heads),
-        # qwen3's own default is 128 whatever the hidden size
-        head_dim=fields.size("head_dim", 128 if model_type == "qwen3" else max(1, hidden_size // num_heads)),
-        max_position_embeddings=fields.size("max_position_embeddings", 2048 if model_type == "llama" else 32768),
+        num_kv_heads=num_heads if mla else fields.size("num_key_value_heads", num_heads),
+        head_dim=head_dim,
+        max_position_embeddings=fields.size("max_position_embeddings", _DEFAULT_POSITIONS[model_type]),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope=_rope(fields),
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
@@ -113,6 +139,9 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         mlp_bias=model_type == "llama" and fields.flag("mlp_bias", False),
         qk_norm=model_type == "qwen3",
         dtype=fields.text("dtype", fields.text("torch_dtype", "float32")),
+        mla=mla,
+        moe=moe,
+        quantization=read_quantization(fields),
     )
     if config.num_heads % config.num_kv_heads:
         raise ValueError(
@@ -131,8 +160,8 @@ def _refuse_what_is_not_built(fields: Fields) -> None:
     layer_types = fields.texts("layer_types")
     if fields.flag("use_sliding_window", False) and (not layer_types or "sliding_attention" in layer_types):
         raise ValueError("config.json: use_sliding_window is not supported; only full attention is")
-    if fields.section("quantization_config"):
-        raise ValueError("config.json: quantization_config is not supported; use an unquantized checkpoint")
+    if fields.text("model_type", "") in _DEEPSEEK and fields.flag("mlp_bias", False):
+        raise ValueError("config.json: mlp_bias is not supported for this architecture")
 
 
 def _rope(fields: Fields) -> RopeConfig:

@@ -1,28 +1,62 @@
-"""Routed experts that live on this rank, run grouped: one matrix product per expert and projection, none per token."""
+"""Routed experts that live on this rank, run grouped: a few matrix products per expert, none per token."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from workers.kernels.seam import GatedLinear, Kernels, Linear
 from workers.parallel.dispatch import ExpertRows
 
-__all__ = ["run_experts"]
+__all__ = ["Experts", "tiles"]
+
+# A matrix library prepares each number of rows once, which takes longer than the product itself. So an expert's rows
+# are run in tiles of these sizes.
+_SMALL = 8
+_STEP = 16
+_TILE = 256
 
 
-def run_experts(rows: ExpertRows, gate_up_EFD: torch.Tensor, down_EDI: torch.Tensor) -> torch.Tensor:
-    """`down @ (silu(gate @ x) * (up @ x))` of each row's own expert; [R, D] in the rows' order.
+class Experts:
+    """The slots of one layer; each holds an expert, `down(silu(gate(x)) * up(x))`."""
 
-    `gate_up_EFD` holds gate above up (F = 2 * I) for the E local experts, `down_EDI` [E, D, I]. Experts without rows
-    are not touched, so their weights are not read.
+    __slots__ = ("_kernels", "_slots")
+
+    def __init__(self, num_slots: int, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._slots: list[tuple[GatedLinear, Linear] | None] = [None] * num_slots
+
+    def put(self, slot: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        """Fills a slot, or replaces what is in it; `gate_up` [2 * inner, hidden] holds gate above up."""
+        self._slots[slot] = (self._kernels.gated_linear(gate_up, None), self._kernels.linear(down, None))
+
+    def __call__(self, rows: ExpertRows) -> torch.Tensor:
+        """Each row through its own expert; [R, hidden] in the rows' order. Experts without rows are not touched."""
+        outputs = []
+        start = 0
+        for slot, count in enumerate(rows.counts):
+            if count == 0:
+                continue
+            expert = self._slots[slot]
+            assert expert is not None, f"slot {slot} is empty"
+            gated, down = expert
+            for first, last, skip, size in tiles(start, start + count, len(rows.x_RD)):
+                y = down(gated(rows.x_RD[first:last]))
+                outputs.append(y if size == last - first else y.narrow(0, skip, size))
+            start += count
+        return torch.cat(outputs) if outputs else rows.x_RD
+
+
+def tiles(start: int, stop: int, num_rows: int) -> list[tuple[int, int, int, int]]:
+    """Cuts rows `start` to `stop` of `num_rows` into tiles of few different sizes.
+
+    Each is (first, last, skip, size): run rows `first` to `last`, and of the results take `size` after `skip`. The rows
+    that pad a tile are its neighbours, so nothing is copied.
     """
-    out = torch.empty_like(rows.x_RD)
-    start = 0
-    for expert, count in enumerate(rows.counts):
-        if count == 0:
-            continue
-        x = rows.x_RD.narrow(0, start, count)
-        gate, up = F.linear(x, gate_up_EFD[expert]).chunk(2, dim=-1)
-        torch.mm(F.silu(gate).mul_(up), down_EDI[expert].t(), out=out.narrow(0, start, count))
-        start += count
-    return out
+    found = []
+    while start < stop:
+        size = min(_TILE, stop - start)
+        padded = size if size <= _SMALL else min(-(-size // _STEP) * _STEP, num_rows)
+        first = min(start, num_rows - padded)
+        found.append((first, first + padded, start - first, size))
+        start += size
+    return found

@@ -21,6 +21,24 @@ class Fields:
             raise ValueError(f"config.json: {name} must be a positive whole number, not {value!r}")
         return value
 
+    def optional_size(self, name: str) -> int | None:
+        """A whole number of at least one, or None where the field is absent."""
+        return None if self._raw.get(name) is None else self.size(name)
+
+    def sizes(self, name: str) -> tuple[int, ...]:
+        """A list of whole numbers of at least one; empty where the field is absent."""
+        value = self._value(name, [])
+        if not isinstance(value, list) or not all(type(item) is int and item >= 1 for item in value):
+            raise ValueError(f"config.json: {name} must be a list of positive whole numbers, not {value!r}")
+        return tuple(value)
+
+    def count(self, name: str, default: int) -> int:
+        """A whole number of at least zero."""
+        value = self._value(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"config.json: {name} must be a whole number of at least zero, not {value!r}")
+        return value
+
     def number(self, name: str, default: float | None = None) -> float:
         """A positive, finite number."""
         value = self._value(name, default)

@@ -7,41 +7,12 @@ DeepSeek-V3 (arXiv 2412.19437) eq. 12-16 for sigmoid gates whose correction bias
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from workers.model.moe_config import GateRule
 from workers.parallel.dispatch import Routing
 
 __all__ = ["GateRule", "choose_experts"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GateRule:
-    """How scores become a choice.
-
-    `groups_kept` of `num_groups` groups take part; a group's score is the best of its experts (softmax gates) or the
-    sum of its best two (sigmoid gates). Raises ValueError naming the configuration's field.
-    """
-
-    num_experts: int
-    top_k: int
-    sigmoid: bool
-    num_groups: int = 1
-    groups_kept: int = 1
-    normalize: bool = False
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.num_experts % self.num_groups:
-            raise ValueError(f"n_group {self.num_groups} does not divide n_routed_experts {self.num_experts}")
-        if not 1 <= self.groups_kept <= self.num_groups:
-            raise ValueError(f"topk_group must be between 1 and n_group {self.num_groups}, not {self.groups_kept}")
-        eligible = self.groups_kept * (self.num_experts // self.num_groups)
-        if not 1 <= self.top_k <= eligible:
-            raise ValueError(f"num_experts_per_tok {self.top_k} exceeds the {eligible} experts of the kept groups")
-        if self.sigmoid and self.num_groups > 1 and self.num_experts // self.num_groups < 2:
-            raise ValueError(f"n_group {self.num_groups} leaves fewer than two experts in a group")
 
 
 def choose_experts(logits: torch.Tensor, rule: GateRule, correction_bias: torch.Tensor | None = None) -> Routing:

@@ -16,7 +16,17 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
-__all__ = ["Dispatch", "ExpertRows", "LocalDispatch", "LocalHandle", "Routing", "group_by_expert", "weighted_sum"]
+__all__ = [
+    "Dispatch",
+    "ExpertRows",
+    "LocalDispatch",
+    "LocalHandle",
+    "Routing",
+    "ShareDispatch",
+    "ShareHandle",
+    "group_by_expert",
+    "weighted_sum",
+]
 
 
 class Routing(NamedTuple):
@@ -37,7 +47,10 @@ HandleT = TypeVar("HandleT")
 
 
 class Dispatch(Protocol, Generic[HandleT]):
-    """The seam; `handle` is opaque, frozen, and good for one `combine`."""
+    """The seam; `handle` is opaque, frozen, and good for one `combine`.
+
+    Where ranks of a tensor axis share their tokens, what `combine` gives is this rank's part of the sum over the axis.
+    """
 
     @property
     def kind(self) -> str:
@@ -90,4 +103,40 @@ class LocalDispatch:
 
     def combine(self, y_RD: torch.Tensor, handle: LocalHandle) -> torch.Tensor:
         y = torch.empty_like(y_RD).index_copy_(0, handle.order, y_RD)
+        return weighted_sum(y.view(*handle.weights.shape, y.shape[-1]), handle.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class ShareHandle:
+    """`order` [R]: which flat (token, choice) each row is; weights [T, K]."""
+
+    order: torch.Tensor
+    weights: torch.Tensor
+
+
+class ShareDispatch:
+    """Every rank of the tensor axis has all tokens and some of the experts; each computes for those it has.
+
+    `held` are the experts of this rank's slots, each expert in one slot of one rank.
+    """
+
+    kind = "none (each rank's own experts)"
+
+    def __init__(self, num_experts: int, held: tuple[int, ...], device: torch.device) -> None:
+        assert len(set(held)) == len(held)
+        self._num_slots = len(held)
+        slots = torch.full((num_experts,), len(held))  # behind the last slot: another rank's
+        slots[list(held)] = torch.arange(len(held))
+        self._slots = slots.to(device)
+
+    def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[ExpertRows, ShareHandle]:
+        slots = self._slots[routing.expert_ids.flatten()]
+        order, counts = group_by_expert(slots, self._num_slots + 1)
+        *ours, _ = counts.tolist()
+        order = order[: sum(ours)]
+        rows = x_TD.index_select(0, order // routing.expert_ids.shape[1])
+        return ExpertRows(rows, ours), ShareHandle(order, routing.weights)
+
+    def combine(self, y_RD: torch.Tensor, handle: ShareHandle) -> torch.Tensor:
+        y = y_RD.new_zeros(handle.weights.numel(), y_RD.shape[1]).index_copy_(0, handle.order, y_RD)
         return weighted_sum(y.view(*handle.weights.shape, y.shape[-1]), handle.weights)

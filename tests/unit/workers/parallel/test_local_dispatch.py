@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from workers.model.experts import run_experts
+from workers.kernels.reference import ReferenceKernels
+from workers.model.experts import Experts
 from workers.model.gate import GateRule, choose_experts
 from workers.parallel.dispatch import LocalDispatch
 
@@ -23,7 +24,10 @@ def test_grouped_experts_equal_a_loop_over_tokens(num_tokens: int) -> None:
     seam = LocalDispatch(experts)
     rows, handle = seam.dispatch(x, routing)
     assert sum(rows.counts) == num_tokens * top_k
-    out = seam.combine(run_experts(rows, gate_up, down), handle)
+    local = Experts(experts, ReferenceKernels())
+    for expert in range(experts):
+        local.put(expert, gate_up[expert], down[expert])
+    out = seam.combine(local(rows), handle)
 
     expected = torch.zeros_like(x)
     for token in range(num_tokens):

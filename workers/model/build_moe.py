@@ -1,0 +1,31 @@
+"""Builds a layer's mixture of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from workers.model.experts import Experts
+from workers.model.moe import Gate, MoE, SharedExperts
+from workers.model.parts import Parts
+from workers.parallel.dispatch import Dispatch
+
+__all__ = ["build_moe"]
+
+
+def build_moe(parts: Parts, layer: int, dispatch: Dispatch[Any]) -> MoE:
+    """The experts of the shard's slots, reached through `dispatch`."""
+    moe = parts.shard.config.moe
+    assert moe is not None
+    name = f"layers.{layer}.mlp"
+    norm = parts.norm(f"{name}.norm")
+    gate = Gate(parts.need(f"{name}.gate.weight"), moe.gate, parts.take(f"{name}.gate.bias"))
+    experts = Experts(len(parts.shard.experts), parts.kernels)
+    for slot in range(len(parts.shard.experts)):
+        expert = f"{name}.experts.{slot}"
+        experts.put(slot, parts.need(f"{expert}.gate_up.weight"), parts.need(f"{expert}.down.weight"))
+    shared = None
+    if moe.shared_size:
+        shared = SharedExperts(parts.gated_linear(f"{name}.shared.gate_up"), parts.linear(f"{name}.shared.down"))
+    return MoE(
+        layer=layer, norm=norm, gate=gate, dispatch=dispatch, experts=experts, shared=shared, tensor=parts.tensor
+    )

@@ -1,0 +1,93 @@
+"""A mixture of experts (DeepSeekMoE, arXiv 2401.06066): routed experts that the gate chooses, and shared ones."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional as F
+
+from workers.kernels.seam import GatedLinear, Linear, Norm
+from workers.model.experts import Experts
+from workers.model.gate import choose_experts
+from workers.model.moe_config import GateRule
+from workers.parallel.collectives import Collectives
+from workers.parallel.dispatch import Dispatch, Routing
+
+__all__ = ["Gate", "MoE", "RoutingRecorder", "SharedExperts"]
+
+
+class RoutingRecorder(Protocol):
+    """Hears which experts were chosen, layer by layer of every step; must not change what it is handed."""
+
+    def record(self, layer: int, routing: Routing) -> None:
+        """`routing` is of the step's rows, in the order in which the model runs them."""
+        ...
+
+
+class Gate:
+    """Scores in fp32 whatever the model's dtype."""
+
+    __slots__ = ("_correction_bias", "_rule", "_weight")
+
+    def __init__(self, weight: torch.Tensor, rule: GateRule, correction_bias: torch.Tensor | None) -> None:
+        self._weight = weight
+        self._rule = rule
+        self._correction_bias = correction_bias
+
+    def __call__(self, x: torch.Tensor) -> Routing:
+        return choose_experts(F.linear(x.float(), self._weight), self._rule, self._correction_bias)
+
+
+class SharedExperts:
+    """One gated MLP as wide as the shared experts together, or this rank's part of it."""
+
+    __slots__ = ("_down", "_gate_up")
+
+    def __init__(self, gate_up: GatedLinear, down: Linear) -> None:
+        self._gate_up = gate_up
+        self._down = down
+
+    def plus(self, x: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
+        return self._down.plus(self._gate_up(x), routed)
+
+
+class MoE:
+    """One layer's block: `x + routed(norm(x)) + shared(norm(x))`.
+
+    What `dispatch` combines and what the shared experts give are this rank's parts; over the tensor axis they are
+    summed once, together. `recorder` may be set at any time between steps.
+    """
+
+    __slots__ = ("_dispatch", "_experts", "_gate", "_layer", "_norm", "_shared", "_tensor", "recorder")
+
+    def __init__(
+        self,
+        *,
+        layer: int,
+        norm: Norm,
+        gate: Gate,
+        dispatch: Dispatch[Any],
+        experts: Experts,
+        shared: SharedExperts | None,
+        tensor: Collectives,
+    ) -> None:
+        self._layer = layer
+        self._norm = norm
+        self._gate = gate
+        self._dispatch = dispatch
+        self._experts = experts
+        self._shared = shared
+        self._tensor = tensor
+        self.recorder: RoutingRecorder | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        h = self._norm(x)
+        routing = self._gate(h)
+        if self.recorder is not None:
+            self.recorder.record(self._layer, routing)
+        rows, handle = self._dispatch.dispatch(h, routing)
+        y = self._dispatch.combine(self._experts(rows), handle)
+        if self._shared is not None:
+            y = self._shared.plus(h, y)
+        return x.add_(self._tensor.all_reduce(y))

@@ -1,0 +1,63 @@
+"""How a mixture of experts is cut: whole routed experts to the ranks that hold them, shared ones by inner width.
+
+The gate is on every rank, in fp32: two experts whose scores differ by less than a bf16 step must not change places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from workers.model.parameters import Parameter, Piece, columns, matrix, stack, vector
+from workers.model.shard import Shard
+
+__all__ = ["experts_of", "moe_parameters"]
+
+
+def experts_of(num_experts: int, index: int, size: int) -> tuple[int, ...]:
+    """The experts of rank `index` of `size` where each lives on one rank; the ranks' numbers may differ by one."""
+    return tuple(range(num_experts * index // size, num_experts * (index + 1) // size))
+
+
+def moe_parameters(shard: Shard, ours: str, theirs: str) -> Iterator[Parameter]:
+    """Of the layer that is named `ours` here and `theirs` in the checkpoint."""
+    config, moe = shard.config, shard.config.moe
+    assert moe is not None
+    ours, module = f"{ours}.mlp", f"{theirs}.mlp"
+    hidden, num_experts = config.hidden_size, moe.gate.num_experts
+    yield vector(f"{ours}.norm", f"{theirs}.post_attention_layernorm.weight", hidden)
+    yield matrix(f"{ours}.gate.weight", f"{module}.gate.weight", num_experts, hidden, full_precision=True)
+    if moe.correction_bias:
+        tensor = f"{module}.gate.e_score_correction_bias"
+        yield vector(f"{ours}.gate.bias", tensor, num_experts, full_precision=True)
+    for slot, expert in enumerate(shard.experts):
+        experts = _fused_expert if shard.fused_experts else _expert
+        yield from experts(shard, f"{ours}.experts.{slot}", f"{module}.experts", expert)
+    if moe.shared_size:
+        shared, part = f"{module}.shared_experts", shard.part(moe.shared_size)
+        outputs = [(f"{shared}.{name}", moe.shared_size, part) for name in ("gate_proj", "up_proj")]
+        yield stack(f"{ours}.shared.gate_up.weight", outputs, hidden)
+        yield columns(f"{ours}.shared.down.weight", f"{shared}.down_proj", hidden, moe.shared_size, part)
+
+
+def _expert(shard: Shard, ours: str, module: str, expert: int) -> Iterator[Parameter]:
+    hidden, size = _sizes(shard)
+    module = f"{module}.{expert}"
+    outputs = [(f"{module}.{name}", size, (0, size)) for name in ("gate_proj", "up_proj")]
+    yield stack(f"{ours}.gate_up.weight", outputs, hidden)
+    yield columns(f"{ours}.down.weight", f"{module}.down_proj", hidden, size, (0, size))
+
+
+def _fused_expert(shard: Shard, ours: str, module: str, expert: int) -> Iterator[Parameter]:
+    """One expert's rows of `gate_up_proj` [experts, 2 * size, hidden] and `down_proj` [experts, hidden, size]."""
+    assert shard.config.moe is not None
+    num_experts = shard.config.moe.gate.num_experts
+    hidden, size = _sizes(shard)
+    for name, rows, width in (("gate_up", 2 * size, hidden), ("down", hidden, size)):
+        part = (expert * rows, (expert + 1) * rows)
+        piece = Piece(f"{module}.{name}_proj", (num_experts, rows, width), part, (0, width))
+        yield Parameter(f"{ours}.{name}.weight", (rows, width), (piece,))
+
+
+def _sizes(shard: Shard) -> tuple[int, int]:
+    assert shard.config.moe is not None
+    return shard.config.hidden_size, shard.config.moe.expert_size
