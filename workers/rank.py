@@ -9,6 +9,7 @@ everything else is a failure that a new attempt may cure.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -146,6 +147,9 @@ class Rank:
         if self.settings.plan.group_size > 1:
             self._watch = membership.watch(self.settings, self._peer_gone)
             self._watch.start()
+        # What is alive now lives long: the collector need not walk through it between steps.
+        gc.collect()
+        gc.freeze()
         self._state = RankState.RUNNING
         return address
 

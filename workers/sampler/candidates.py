@@ -15,7 +15,7 @@ import torch
 
 from scheduler.request import SamplingParams
 
-__all__ = ["Candidates", "cut"]
+__all__ = ["Candidates", "cut", "largest"]
 
 _SIZES = (64, 256, 1024, 4096)
 _SIZE_TOP_P = 256
@@ -77,7 +77,7 @@ def _cut_at(
     vocab_size, device = scaled.shape[1], scaled.device
     mine = [sampling[row] for row in rows]
     part = scaled if len(rows) == len(scaled) else scaled[rows]
-    values, ids = _largest(part, size)
+    values, ids = largest(part, size)
     min_p = torch.tensor([[params.min_p] for params in mine], device=device)
     top_p = torch.tensor([[params.top_p] for params in mine], device=device)
     weights = values.exp()
@@ -126,7 +126,7 @@ def _nucleus(scaled: torch.Tensor, row: int, params: SamplingParams) -> Candidat
     return Candidates([row], ids[None], weights[ids][None])
 
 
-def _largest(scaled: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def largest(scaled: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `size` largest of each row, sorted by value down and then by id up."""
     if size == scaled.shape[1]:
         values, ids = scaled.sort(dim=-1, descending=True, stable=True)

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from scheduler.plan import ScheduledSequence, TokenLogprobs
+from workers.sampler.candidates import largest
 
 __all__ = ["prompt_logprobs", "token_logprobs"]
 
+_TIE_MARGIN = 8  # how many more to fetch than are wanted, so that ties at the end are usually seen whole
 _ROWS_AT_ONCE = 64  # bounds the fp32 copy: 64 rows of a vocabulary of 150,000 are 38 MB
 
 
@@ -27,22 +29,30 @@ def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequ
 
 def _entries(logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> Iterator[TokenLogprobs]:
     logprobs = logits.float().log_softmax(-1)
-    chosen = torch.tensor(token_ids, device=logits.device)[:, None]
-    values = logprobs.gather(1, chosen)
-    ids = torch.arange(logits.shape[1], device=logits.device)
-    ranks = ((logprobs > values) | ((logprobs == values) & (ids < chosen))).sum(-1) + 1
-    tops = [_top(row, count) if count else () for row, count in zip(logprobs, num_top, strict=True)]
-    for token_id, value, rank, top in zip(token_ids, values[:, 0].tolist(), ranks.tolist(), tops, strict=True):
-        yield TokenLogprobs(token_id, value, rank, top)
+    values = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
+    tops = _tops(logprobs, num_top)
+    for row, token_id, value, top in zip(logprobs, token_ids, values[:, 0].tolist(), tops, strict=True):
+        rank = 1 + torch.count_nonzero(row > value) + torch.count_nonzero(row[:token_id] == value)
+        yield TokenLogprobs(token_id, value, int(rank), top)
 
 
-def _top(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """The `count` likeliest of one row, ties by id."""
-    count = min(count, logprobs.shape[0])
-    smallest = logprobs.topk(count).values[-1]
-    ids = (logprobs >= smallest).nonzero()[:, 0]
-    values, order = logprobs[ids].sort(descending=True, stable=True)
-    return tuple(zip(ids[order[:count]].tolist(), values[:count].tolist(), strict=True))
+def _tops(logprobs: torch.Tensor, num_top: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
+    """Each row's likeliest tokens, ties by id."""
+    vocab_size = logprobs.shape[1]
+    if not any(num_top):
+        return [()] * len(num_top)
+    size = min(max(num_top) + _TIE_MARGIN, vocab_size)
+    values, ids = largest(logprobs, size)
+    tops = []
+    for row, count in enumerate(min(count, vocab_size) for count in num_top):
+        row_ids, row_values = ids[row].tolist(), values[row].tolist()
+        if count and size < vocab_size and row_values[count - 1] == row_values[-1]:
+            # More tokens tie at the end than were fetched.
+            tied = (logprobs[row] >= row_values[-1]).nonzero()[:, 0]
+            ordered, order = logprobs[row][tied].sort(descending=True, stable=True)
+            row_ids, row_values = tied[order].tolist(), ordered.tolist()
+        tops.append(tuple(zip(row_ids[:count], row_values[:count], strict=True)))
+    return tops
 
 
 def prompt_logprobs(logits: torch.Tensor, sequence: ScheduledSequence) -> tuple[TokenLogprobs, ...]:

@@ -52,6 +52,17 @@ def test_ties_rank_by_id() -> None:
     assert [token_id for token_id, _ in result.logprobs.top] == [1, 2]
 
 
+def test_alternatives_that_all_tie_are_the_lowest_ids() -> None:
+    logits = torch.zeros(2, 100)
+    logits[0, 50] = 1.0
+    batch = [decoding(SamplingParams(temperature=0.0, logprobs=count)) for count in (3, 20)]
+    first, second = Sampler().sample(logits, plan(*batch)).sequences
+    assert first.logprobs is not None
+    assert second.logprobs is not None
+    assert [token_id for token_id, _ in first.logprobs.top] == [50, 0, 1]
+    assert [token_id for token_id, _ in second.logprobs.top] == list(range(20))
+
+
 def test_prompt_logprobs_cover_each_predicted_prompt_token_once() -> None:
     """Three chunks of a prompt of seven: six entries, and the last row samples."""
     prompt = [3, 1, 4, 1, 5, 9, 2]

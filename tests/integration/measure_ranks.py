@@ -1,0 +1,124 @@
+"""The figures of workers/README.md: `python -m tests.integration.measure_ranks sampler|channel|collectives`."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
+
+import torch
+
+from protos.shoal.v1 import session_pb2
+from scheduler.request import SamplingParams
+from tests.unit.workers.sampler.plans import decoding, plan
+from workers.parallel.channel import PlanListener, PlanReceiver
+from workers.parallel.groups import Groups, host_store
+from workers.parallel.plan import ParallelPlan
+from workers.sampler import Sampler
+from workers.settings import EngineSettings
+
+HOST, SECRET = "127.0.0.1", b"secret"
+KINDS = {
+    "greedy": SamplingParams(temperature=0.0),
+    "greedy, repetition penalty": SamplingParams(temperature=0.0, repetition_penalty=1.1),
+    "greedy, 5 logprobs": SamplingParams(temperature=0.0, logprobs=5),
+    "temperature 1": SamplingParams(),
+    "top-k 50": SamplingParams(top_k=50),
+    "top-k 20, top-p 0.95, temperature 0.6": SamplingParams(top_k=20, top_p=0.95, temperature=0.6),
+    "top-p 0.95": SamplingParams(top_p=0.95),
+}
+
+
+def median_ms(action: Callable[[], object], clock: Callable[[], float], times: int) -> float:
+    taken = []
+    for _ in range(times):
+        started_s = clock()
+        action()
+        taken.append(clock() - started_s)
+    return 1000 * statistics.median(taken)
+
+
+def sampler() -> None:
+    """Processor time of one thread for 16 rows: other work on the machine does not show."""
+    torch.set_num_threads(1)
+    logits = torch.randn(16, 49_152, generator=torch.Generator().manual_seed(0)) * 3
+    subject = Sampler()
+    for name, params in KINDS.items():
+        batch = plan(*[decoding(dataclasses.replace(params, seed=i), output=range(500)) for i in range(16)])
+        subject.sample(logits, batch)
+        print(f"{name}: {median_ms(partial(subject.sample, logits, batch), time.thread_time, 20):.1f} ms")
+
+
+def channel() -> None:
+    """From `send` to `receive` of a decode step of 16 sequences with 10 blocks each, every 2 ms."""
+    listener = PlanListener(HOST)
+    ours, theirs = multiprocessing.Pipe()
+    follower = multiprocessing.Process(target=_receive, args=(listener.port, theirs))
+    follower.start()
+    sender = listener.accept({1}, generation=1, secret=SECRET, timeout_s=60)
+    step = session_pb2.StepPlan(
+        generation=1,
+        token_ids=range(16),
+        num_tokens=[1] * 16,
+        num_computed=[100] * 16,
+        block_ids=range(160),
+        num_blocks=[10] * 16,
+        num_logits=[1] * 16,
+    )
+    for _ in range(500):
+        time.sleep(0.002)
+        step.traceparent = repr(time.monotonic())
+        sender.send(step)
+    sender.send(session_pb2.StepPlan(generation=1, stop=True))
+    taken = ours.recv()
+    follower.join()
+    print(f"plan channel: median {1e6 * statistics.median(taken):.0f} us, best {1e6 * min(taken):.0f} us")
+
+
+def _receive(port: int, results: Connection) -> None:
+    receiver = PlanReceiver.connect(HOST, port, rank=1, generation=1, secret=SECRET, timeout_s=60)
+    taken: list[float] = []
+    while not (step := receiver.receive()).stop:
+        taken.append(time.monotonic() - float(step.traceparent))
+    results.send(taken)
+
+
+def collectives() -> None:
+    """An all-reduce of 16 x 576 bf16 values between two ranks of one thread each."""
+    for kind in ("shm", "gloo"):
+        store = host_store(HOST)
+        ranks = [multiprocessing.Process(target=_reduce, args=(rank, store.port, kind)) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+
+
+def _reduce(rank: int, port: int, kind: str) -> None:
+    torch.set_num_threads(1)
+    settings = EngineSettings(
+        engine="e0",
+        model_name="none",
+        model_path="",
+        plan=ParallelPlan(tensor=2),
+        dtype="bfloat16",
+        device="cpu",
+        max_model_len=64,
+        collectives=kind,
+    )
+    groups = Groups.join(settings, rank, generation=1, store=(HOST, port), hosts=(HOST, HOST))
+    x = torch.zeros(16, 576, dtype=torch.bfloat16)
+    taken_ms = median_ms(lambda: groups.tensor.all_reduce(x), time.perf_counter, 500)
+    if rank == 0:
+        print(f"{groups.tensor.kind}: median {1000 * taken_ms:.0f} us")
+    groups.close()
+
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    {"sampler": sampler, "channel": channel, "collectives": collectives}[sys.argv[1]]()
