@@ -7,9 +7,9 @@
         if plan is not None:
             events += batcher.commit(plan, runner.run(plan))
 
-Decoding sequences come first, then prefills that have begun, then the queue, all in the order of one key. When blocks
-run out, the running sequence with the largest key gives its own back and is computed again later; the one with the
-smallest key always goes on, so some sequence always ends.
+Decoding sequences come first; the rest of the step is shared by prefills. Sequences enter from the queue in the order
+of one key. When blocks run out, the running sequence with the largest key gives its own back and is computed again
+later; the one with the smallest key always goes on, so some sequence always ends.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from itertools import count
 
 from scheduler.blocks import BlockPool
+from scheduler.budget import StepTimeModel, prefill_budget
 from scheduler.draft import Draft, Flight
 from scheduler.heap import RemovableHeap
 from scheduler.intake import ended_on_arrival, max_output_tokens
@@ -29,6 +30,7 @@ from scheduler.request import Request
 from scheduler.sequence import Sequence, State, Trigger
 from scheduler.settings import BatcherLoad, BatcherSettings
 from scheduler.stopping import finish_of
+from scheduler.turns import turns
 from scheduler.waiting import OrderedQueue, WaitingQueue
 
 __all__ = ["Batcher", "BatcherLoad", "BatcherSettings"]
@@ -69,6 +71,7 @@ class Batcher:
         self._tickets = count()
         self._step = 0
         self._step_s = 0.0
+        self._step_times = StepTimeModel()
         self._num_preemptions = 0
 
     @property
@@ -129,8 +132,7 @@ class Batcher:
             num_prompt_logits=self.settings.max_prompt_logits,
         )
         self._schedule_decodes(draft)
-        self._schedule_prefills(draft)
-        self._admit(draft, now_s)
+        self._schedule_prefills(draft, now_s)
         self._flight = draft.close(generation=self.generation, step=self._step + 1, now_s=now_s)
         if self._flight is None:
             assert not self._open, "open requests, and none can run"
@@ -138,15 +140,19 @@ class Batcher:
         self._step += 1
         return self._flight.plan
 
-    def commit(self, plan: StepPlan, result: StepResult) -> list[Event]:
-        """Take in the results of the plan in flight: one event for each sequence that sampled a token."""
+    def commit(self, plan: StepPlan, result: StepResult, *, step_s: float | None = None) -> list[Event]:
+        """Take in the results of the plan in flight: one event for each sequence that sampled a token.
+
+        `step_s` is how long the step ran, where that is known better than by the time since `schedule`.
+        """
         flight = self._flight
         assert flight is not None, "no plan is in flight"
         assert flight.plan is plan, "not the plan in flight"
         assert len(result.sequences) == len(flight.sequences)
         self._flight = None
         now_s = self._clock()
-        self._step_s = now_s - flight.scheduled_s
+        self._step_s = now_s - flight.scheduled_s if step_s is None else step_s
+        self._step_times.observe(flight.num_tokens, self._step_s)
         events: list[Event] = []
         for sequence, made in zip(flight.sequences, result.sequences, strict=True):
             if sequence.state is State.ENDING:
@@ -240,40 +246,53 @@ class Batcher:
             self._num_preemptions += 1
             self._waiting.push(victim)
 
-    def _schedule_prefills(self, draft: Draft) -> None:
-        for sequence in self._running:
+    def _schedule_prefills(self, draft: Draft, now_s: float) -> None:
+        settings = self.settings
+        num_tokens = prefill_budget(
+            self._step_times,
+            num_decodes=draft.num_tokens,
+            target_step_s=settings.target_step_s,
+            min_chunk_tokens=settings.min_chunk_tokens,
+            max_tokens=draft.num_tokens_left,
+        )
+        draft.limit(num_tokens)
+        prefills = [sequence for sequence in self._running if sequence.num_scheduled == 0]
+        if self._prefixes is not None:
+            for sequence in prefills:
+                self._prefixes.advance(sequence)
+        self._admit(prefills, num_tokens)
+        for sequence, to_leave in turns(prefills, num_tokens):
             if draft.num_tokens_left == 0:
                 return
-            if sequence.num_scheduled == 0:
-                if self._prefixes is not None:
-                    self._prefixes.advance(sequence)
-                self._schedule_chunk(draft, sequence)
+            self._schedule_chunk(draft, sequence, to_leave, now_s)
 
-    def _schedule_chunk(self, draft: Draft, sequence: Sequence) -> None:
+    def _schedule_chunk(self, draft: Draft, sequence: Sequence, to_leave: int, now_s: float) -> None:
         """Schedule what fits; nothing where another sequence of this step computes what this one can share then."""
         prefixes = self._prefixes
         if prefixes is not None and prefixes.awaits(sequence, draft.computing):
             return
-        num_tokens = draft.room_for(sequence)
-        if num_tokens:
-            if prefixes is not None:
-                draft.computing.update(prefixes.remaining_hashes(sequence))
-            draft.add(sequence, num_tokens)
+        num_tokens = draft.room_for(sequence, to_leave)
+        if num_tokens == 0:
+            return
+        if prefixes is not None:
+            draft.computing.update(prefixes.remaining_hashes(sequence))
+        if sequence.first_scheduled_s is None:
+            sequence.first_scheduled_s = now_s
+        draft.add(sequence, num_tokens)
 
-    def _admit(self, draft: Draft, now_s: float) -> None:
-        """Move the queue's head into the batch while slots, tokens and blocks last.
+    def _admit(self, prefills: list[Sequence], num_tokens: int) -> None:
+        """Move the queue's head into the batch, and to the end of `prefills`, while slots, tokens and blocks last.
 
         A sequence gets the blocks of its whole history at once, so a prefill that began can end; one block for each
         running sequence stays free, so that none is preempted right after.
         """
-        while draft.num_tokens_left and len(self._running) < self.settings.max_running:
+        num_wanted = sum(sequence.num_remaining for sequence in prefills)
+        while num_tokens and len(self._running) < self.settings.max_running:
             sequence = self._waiting.peek()
-            if sequence is None:
+            if sequence is None or (num_wanted >= num_tokens and len(prefills) >= self.settings.max_prefills):
                 return
             found = [] if self._prefixes is None else self._prefixes.find(sequence)
             num_blocks = self._pool.blocks_for(len(sequence.token_ids)) - len(found)
-            if draft.room_for(sequence, len(found) * self._pool.block_size) == 0:
-                return
             if not self._pool.can_allocate(num_blocks + self._pool.num_idle(found) + len(self._running)):
                 return
             self._waiting.remove(sequence)
@@ -282,10 +301,9 @@ class Batcher:
             sequence.block_ids = found + self._pool.allocate(num_blocks)
             if self._prefixes is not None:
                 self._prefixes.admit(sequence, found)
-            if sequence.first_scheduled_s is None:
-                sequence.first_scheduled_s = now_s
             insort(self._running, sequence, key=_order_of)
-            self._schedule_chunk(draft, sequence)
+            prefills.append(sequence)
+            num_wanted += sequence.num_remaining
 
     def _advance(self, sequence: Sequence, made: SequenceResult, now_s: float) -> Event | None:
         """Move a sequence past its part of the step; the event of its new token where there is one."""

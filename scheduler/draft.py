@@ -16,6 +16,7 @@ class Flight:
 
     plan: StepPlan
     sequences: tuple[Sequence, ...]
+    num_tokens: int
     scheduled_s: float
 
 
@@ -23,6 +24,7 @@ class Draft:
     """Collects sequences under the step's limits; those with one token stand first in the plan."""
 
     def __init__(self, *, num_tokens: int, num_prompt_logits: int) -> None:
+        self.num_tokens = 0
         self.num_tokens_left = num_tokens
         self.computing: set[bytes] = set()  # hashes of blocks that this step's prefills have to compute
         self._num_prompt_logits_left = num_prompt_logits
@@ -31,15 +33,17 @@ class Draft:
         self._decoding: list[Sequence] = []
         self._chunked: list[Sequence] = []
 
-    def room_for(self, sequence: Sequence, num_computed: int | None = None) -> int:
-        """How many of the tokens after the first `num_computed` fit; none where rows of logits have run out."""
-        if num_computed is None:
-            num_computed = sequence.num_computed
-        num_tokens = min(len(sequence.token_ids) - num_computed, self.num_tokens_left)
+    def room_for(self, sequence: Sequence, to_leave: int = 0) -> int:
+        """How many of its remaining tokens fit, with some left; none where rows of logits have run out."""
+        num_tokens = max(0, min(sequence.num_remaining, self.num_tokens_left - to_leave))
         if sequence.predicts_prompt:
-            num_predicted_again = max(0, sequence.num_prompt_predicted - num_computed)
+            num_predicted_again = max(0, sequence.num_prompt_predicted - sequence.num_computed)
             num_tokens = min(num_tokens, num_predicted_again + self._num_prompt_logits_left)
         return num_tokens
+
+    def limit(self, num_tokens: int) -> None:
+        """What follows may take at most `num_tokens` together."""
+        self.num_tokens_left = min(self.num_tokens_left, num_tokens)
 
     def add_decode(self, sequence: Sequence) -> None:
         """Schedule the one token that remains: `add` for the many, without what only prompts need."""
@@ -60,6 +64,7 @@ class Draft:
         )
         self._decoding.append(sequence)
         sequence.num_scheduled = 1
+        self.num_tokens += 1
         self.num_tokens_left -= 1
 
     def add(self, sequence: Sequence, num_tokens: int) -> None:
@@ -81,6 +86,7 @@ class Draft:
             forbidden_token_ids=sequence.forbidden_token_ids(),
         )
         sequence.num_scheduled = num_tokens
+        self.num_tokens += num_tokens
         self.num_tokens_left -= num_tokens
         if num_tokens == 1:
             self._decodes.append(scheduled)
@@ -97,4 +103,4 @@ class Draft:
         if not sequences:
             return None
         plan = StepPlan(generation=generation, step=step, sequences=sequences)
-        return Flight(plan, (*self._decoding, *self._chunked), now_s)
+        return Flight(plan, (*self._decoding, *self._chunked), self.num_tokens, now_s)

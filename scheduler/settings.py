@@ -15,6 +15,8 @@ _COUNTS = (
     "max_waiting",
     "max_prompt_logits",
     "prefix_wait_tokens",
+    "min_chunk_tokens",
+    "max_prefills",
 )
 
 
@@ -27,6 +29,9 @@ class BatcherSettings:
     `max_model_len` bounds prompt and output together. With `prefix_cache`, sequences of a tenant share the blocks of
     common prefixes, and a prefill waits for one in progress that will spare it at least `prefix_wait_tokens`. With
     `share_prefixes` those of all tenants share, and the time to a first token tells one what another has asked.
+
+    With `target_step_s`, a step holds at most the tokens of prefill that keep it that short, though never fewer than
+    `min_chunk_tokens`. Up to `max_prefills` prompts are under way where one step does not hold them all.
     """
 
     max_batch_size: int
@@ -39,11 +44,17 @@ class BatcherSettings:
     prefix_cache: bool = True
     prefix_wait_tokens: int = 64
     share_prefixes: bool = False
+    target_step_s: float = 0.0
+    min_chunk_tokens: int = 32
+    max_prefills: int = 8
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("target_step_s",):
+            if not getattr(self, name) >= 0.0:
+                raise ValueError(f"{name} must be 0 (off) or above, not {getattr(self, name)}")
 
     @property
     def max_running(self) -> int:

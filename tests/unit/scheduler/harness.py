@@ -144,10 +144,10 @@ class Bench:
             self._check_limits(self.plan)
         return self.plan
 
-    def commit(self) -> list[Event]:
+    def commit(self, step_s: float | None = None) -> list[Event]:
         assert self.plan is not None
         plan, self.plan = self.plan, None
-        events = self.batcher.commit(plan, self.runner.run(plan))
+        events = self.batcher.commit(plan, self.runner.run(plan), step_s=step_s)
         self._settle(events)
         return events
 

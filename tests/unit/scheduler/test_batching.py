@@ -60,13 +60,6 @@ def test_a_long_prompt_is_prefilled_in_chunks_behind_decodes() -> None:
     bench.check_end()
 
 
-def test_a_prefill_that_began_goes_before_the_queue() -> None:
-    bench = Bench(settings(max_batch_tokens=8))
-    bench.submit(request("a", 12), request("b", 4))
-    assert shape(bench.step()) == [("a", 8)]
-    assert shape(bench.step()) == [("a", 4), ("b", 4)]
-
-
 def test_a_new_prompt_of_one_token_stands_with_the_decodes() -> None:
     bench = Bench(settings())
     bench.submit(request("a", 3), request("b", 1))

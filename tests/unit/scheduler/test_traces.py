@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -53,8 +54,11 @@ class Trace(RuleBasedStateMachine):
         prefix_cache=st.booleans(),
         prefix_wait_tokens=st.integers(1, 12),
         share_prefixes=st.booleans(),
+        target_step_s=st.sampled_from([0.0, 0.5, 2.0]),
+        min_chunk_tokens=st.integers(1, 8),
+        max_prefills=st.integers(1, 4),
     )
-    def start(self, **changes: int) -> None:
+    def start(self, **changes: Any) -> None:
         self.bench = Bench(limits(**changes))
         self.preempted = False
 
@@ -105,9 +109,9 @@ class Trace(RuleBasedStateMachine):
         assert (plan is not None) == self.bench.batcher.has_work
 
     @precondition(lambda self: self.bench.plan is not None)
-    @rule()
-    def commit(self) -> None:
-        self.bench.commit()
+    @rule(step_s=st.sampled_from([None, 0.0, 0.1, 3.0]))
+    def commit(self, step_s: float | None) -> None:
+        self.bench.commit(step_s)
 
     @precondition(lambda self: self.bench.plan is None)
     @rule(num_steps=st.integers(1, 6))
