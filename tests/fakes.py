@@ -176,7 +176,7 @@ class FakeGroup(session_pb2_grpc.DPGroupServicer):
         options = (
             ("grpc.so_reuseport", 0),
             ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 1000),
         )
         self._server = grpc.aio.server(options=options)
         session_pb2_grpc.add_DPGroupServicer_to_server(self, self._server)

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from cluster.front_door.grpc_server import Status
 from cluster.front_door.limits import Limits
 from cluster.front_door.server import FrontDoorServer, FrontDoorSettings
 from protos.shoal.v1 import inference_pb2 as pb
@@ -42,18 +43,20 @@ async def open_door(
     http: bool = False,
     secret: str = SECRET,
     await_groups: bool = True,
+    grpc_port: int = 0,
+    status: Status | None = None,
 ) -> AsyncIterator[Door]:
     """Groups are started, the door opened, and all of it ended whatever happens."""
     settings = FrontDoorSettings(
         front_door_id="test",
         secret=secret,
-        grpc_port=0,
+        grpc_port=grpc_port,
         http_port=0 if http else None,
         limits=limits or Limits(),
         api_keys=api_keys or {},
     )
     async with serving(*groups):
-        server = FrontDoorServer(settings, card=CARD, codec=ByteCodec(), template=LineTemplate())
+        server = FrontDoorServer(settings, card=CARD, codec=ByteCodec(), template=LineTemplate(), status=status)
         await server.start()
         try:
             server.set_groups([group.address for group in groups])

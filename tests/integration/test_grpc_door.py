@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from cluster.front_door.limits import Limits
 from cluster.front_door.server import FrontDoorServer, FrontDoorSettings
+from protos.shoal.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.shoal.v1 import inference_pb2 as pb
 from tests.fakes import BOS, CARD, EOS, SECRET, ByteCodec, FakeGroup, says
 from tests.integration.doors import Door, expected_text, open_door, request, rest, take
@@ -323,6 +324,30 @@ async def test_both_doors_share_the_desk() -> None:
         assert 'shoal_requests_total{code="ok",door="http",model_name="fake"} 1.0' in metrics
 
 
+async def test_front_doors_on_one_node_share_a_port() -> None:
+    async with open_door(FakeGroup()) as first, open_door(FakeGroup(), grpc_port=first.server.grpc_port) as second:
+        assert first.target == second.target
+        await first.server.drain(1)
+        await first.server.stop()
+        async with grpc.aio.insecure_channel(first.target) as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            for _ in range(5):
+                assert (await stub.GenerateOnce(request(max_tokens=1))).choices
+
+
+async def test_operators_ask_for_the_status() -> None:
+    async def status() -> admin_pb2.StatusResponse:
+        return admin_pb2.StatusResponse(model="fake", warnings=["slow"])
+
+    async with open_door(FakeGroup(), status=status, api_keys={"ops": "key-of-ops"}) as door:
+        admin = admin_pb2_grpc.AdminStub(door.channel)
+        answer = await admin.Status(admin_pb2.StatusRequest(), metadata=(("x-api-key", "key-of-ops"),))
+        assert (answer.model, list(answer.warnings)) == ("fake", ["slow"])
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await admin.Status(admin_pb2.StatusRequest())
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
 @pytest.mark.parametrize("name", ["gRPC", "HTTP"])
 async def test_a_port_in_use_is_named(name: str) -> None:
     blocker = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
@@ -375,3 +400,19 @@ async def test_a_client_with_nothing_but_reflection_works() -> None:
         assert isinstance(listed, reflection_pb2.ServerReflectionResponse)
         assert "shoal.v1.Inference" in {service.name for service in listed.list_services_response.service}
         newer.cancel()
+
+
+async def test_a_client_that_pings_keeps_its_quiet_stream() -> None:
+    """With gRPC's defaults three pings within five minutes of silence end the connection (`too_many_pings`)."""
+    group = FakeGroup()
+    group.hold_at = 1
+    pinging = [("grpc.keepalive_time_ms", 100), ("grpc.http2.max_pings_without_data", 0)]
+    async with open_door(group) as door, grpc.aio.insecure_channel(door.target, options=pinging) as channel:
+        stream = inference_pb2_grpc.InferenceStub(channel).Generate(request(max_tokens=2))
+        await take(stream)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(4):  # the silence is what is tested
+                await asyncio.Event().wait()
+        group.hold_at = None
+        group.go_on()
+        assert (await take(stream)).finish_reason == pb.FINISH_REASON_LENGTH
