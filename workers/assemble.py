@@ -16,9 +16,11 @@ from workers.memory import free_bytes
 from workers.model.build import build_decoder
 from workers.model.config import ModelConfig, read_config
 from workers.model.decoder import Decoder
-from workers.model.sharding import Shard, check_plan, experts_of, shard_parameters
+from workers.model.sharding import Shard, check_plan, place_experts, shard_parameters
+from workers.parallel.all_to_all import AllToAllDispatch
 from workers.parallel.collectives import Collectives
 from workers.parallel.dispatch import Dispatch, LocalDispatch, ShareDispatch
+from workers.parallel.exchange import Exchange
 from workers.parallel.plan import RankPlace
 from workers.runner import Report, Runner
 from workers.settings import EngineSettings
@@ -26,15 +28,22 @@ from workers.weights.index import read_index
 from workers.weights.layout import has_fused_experts, log_skipped_layers
 from workers.weights.load import Progress, WeightReader
 
-__all__ = ["assemble", "check_plan"]
+__all__ = ["assemble", "check_plan", "spreads_experts"]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def assemble(
-    settings: EngineSettings, place: RankPlace, tensor: Collectives, *, progress: Progress | None = None
+    settings: EngineSettings,
+    place: RankPlace,
+    tensor: Collectives,
+    *,
+    expert: Exchange | None = None,
+    progress: Progress | None = None,
 ) -> Runner:
     """Builds the rank at `place`. All ranks of the tensor axis must call it together.
+
+    `expert` joins the ranks over which the routed experts are spread; None where they are the tensor axis alone.
 
     `progress` hears of bytes read and bytes to read. Raises ValueError, before anything is loaded where that can be
     known, for settings that do not fit the model, the machine or the checkpoint.
@@ -53,7 +62,7 @@ def assemble(
     ) as reader:
         weight_bytes = _weight_bytes(shard, kernels, dtype)
         _check_weights_fit(settings, weight_bytes, device)
-        dispatch = _dispatch(shard, device)
+        dispatch = _dispatch(shard, settings, expert, device)
 
         def take(name: str) -> torch.Tensor | None:
             return reader.read(name).to(device) if name in reader else None
@@ -77,6 +86,7 @@ def assemble(
         device=str(device),
         kernels=kernels.description,
         collectives=tensor.kind,
+        dispatch="" if dispatch is None else dispatch.kind,
         weight_bytes=weight_bytes,
         cache_bytes=cache.num_blocks * cache.block_size * sum(decoder.cache_rows) * dtype.itemsize,
         num_blocks=cache.num_blocks,
@@ -85,6 +95,11 @@ def assemble(
         load_s=time.monotonic() - started_s,
     )
     return Runner(decoder, cache, model_config=config, report=report, dtype=dtype, device=device)
+
+
+def spreads_experts(settings: EngineSettings) -> bool:
+    """Whether DP groups of this engine exchange tokens, because the model's routed experts are spread over them."""
+    return settings.plan.data > 1 and read_config(Path(settings.model_path)).moe is not None
 
 
 def _check_settings(settings: EngineSettings, config: ModelConfig) -> None:
@@ -101,17 +116,21 @@ def _check_settings(settings: EngineSettings, config: ModelConfig) -> None:
 
 
 def _shard(config: ModelConfig, place: RankPlace, settings: EngineSettings, fused_experts: bool) -> Shard:
-    """The rank's part of the model; its experts are a share of those of the tensor axis."""
-    index, size = place.tensor_index, settings.plan.tensor
-    held = () if config.moe is None else experts_of(config.moe.gate.num_experts, index, size)
-    return Shard(config, index, size, held, fused_experts)
+    """The rank's part of the model."""
+    held = () if config.moe is None else place_experts(config.moe.gate.num_experts, settings.plan).slots[place.rank]
+    return Shard(config, place.tensor_index, settings.plan.tensor, held, fused_experts)
 
 
-def _dispatch(shard: Shard, device: torch.device) -> Dispatch[Any] | None:
+def _dispatch(
+    shard: Shard, settings: EngineSettings, expert: Exchange | None, device: torch.device
+) -> Dispatch[Any] | None:
     """How tokens reach their experts; None for a model without."""
     if shard.config.moe is None:
         return None
     num_experts = shard.config.moe.gate.num_experts
+    if expert is not None:
+        placement = place_experts(num_experts, settings.plan)
+        return AllToAllDispatch(expert, placement, part=(shard.index, shard.size), device=device)
     return LocalDispatch(num_experts) if shard.size == 1 else ShareDispatch(num_experts, shard.experts, device)
 
 

@@ -15,6 +15,7 @@ from scheduler.plan import StepPlan, StepResult
 from workers.inputs import StepInputs
 from workers.loop import STOPPED
 from workers.parallel.channel import PlanReceiver, PlanSender
+from workers.parallel.pulse import Pulse
 from workers.sampler import Sampler
 from workers.spans import record_step
 
@@ -28,18 +29,38 @@ class Forward(Protocol):
 
     def forward(self, inputs: StepInputs) -> torch.Tensor | None: ...
 
+    def keep_step(self) -> None:
+        """Joins the exchanges of a step in which this group has no tokens."""
+        ...
+
 
 class FirstRank:
-    """The first rank's side; `sender` is None in a group of one."""
+    """The first rank's side; `sender` is None in a group of one, `pulse` where no other group shares the steps."""
 
-    def __init__(self, runner: Forward, sender: PlanSender | None) -> None:
+    def __init__(self, runner: Forward, sender: PlanSender | None, pulse: Pulse | None = None) -> None:
         self._runner = runner
         self._sender = sender
+        self._pulse = pulse
         self._sampler = Sampler()
+
+    @property
+    def pending(self) -> bool:
+        return self._pulse is not None and self._pulse.pending
+
+    def keep_step(self) -> None:
+        """One beat with the other groups, and the step that may follow from it."""
+        assert self._pulse is not None
+        if not self._pulse.beat(0):
+            return
+        if self._sender is not None:
+            self._sender.send(session_pb2.StepPlan(generation=self._sender.generation))
+        self._runner.keep_step()
 
     def run(self, plan: StepPlan, traceparent: str) -> StepResult:
         """Raises whatever keeps the step from ending; the group is broken then."""
         inputs = StepInputs.from_plan(plan)
+        if self._pulse is not None:
+            self._pulse.beat(plan.num_tokens)
         if self._sender is not None:
             message = inputs.to_proto()
             message.traceparent = traceparent
@@ -105,6 +126,9 @@ class Follower:
             self.fail(f"{type(error).__name__}: {error}")
 
     def _follow(self, message: session_pb2.StepPlan) -> None:
+        if not message.num_tokens:
+            self._runner.keep_step()
+            return
         start_ns = time.time_ns() if message.traceparent else 0
         self._runner.forward(StepInputs.from_proto(message))
         if message.traceparent:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from workers.parallel.channel import PlanListener, PlanReceiver, PlanSender
+from workers.parallel.channel import PlanListener, PlanReceiver, PlanSender, connect
 from workers.parallel.groups import Groups
 from workers.report import RankAddress
 from workers.settings import EngineSettings
@@ -16,11 +17,16 @@ __all__ = ["Membership"]
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """Exactly one of `sender` and `receiver` is set in a group of several ranks."""
+    """Exactly one of `sender` and `receiver` is set in a group of several ranks.
+
+    `companions` are connections to the first ranks of the engine's other groups, by rank, at a first rank whose
+    groups take their steps together.
+    """
 
     groups: Groups
     sender: PlanSender | None = None
     receiver: PlanReceiver | None = None
+    companions: Mapping[int, socket.socket] = field(default_factory=dict)
 
     @classmethod
     def join(
@@ -33,29 +39,47 @@ class Membership:
         addresses: Sequence[RankAddress],
         listener: PlanListener | None,
         secret: bytes,
+        spread_experts: bool,
         timeout_s: float,
     ) -> Membership:
         """Meets the others; they must call this too. Raises TimeoutError naming who is missing."""
-        hosts = tuple(address.host for address in addresses)
-        groups = Groups.join(settings, rank, generation=generation, store=store, hosts=hosts, timeout_s=timeout_s)
-        size = settings.plan.group_size
-        first = settings.plan.place(rank).dp_group * size
-        if size == 1:
-            return cls(groups)
-        if rank != first:
-            receiver = PlanReceiver.connect(
-                addresses[first].host,
-                addresses[first].plan_port,
+        groups = Groups.join(
+            settings,
+            rank,
+            generation=generation,
+            store=store,
+            hosts=tuple(address.host for address in addresses),
+            spread_experts=spread_experts,
+            timeout_s=timeout_s,
+        )
+
+        def reach(other: int) -> socket.socket:
+            address = addresses[other]
+            return connect(
+                address.host,
+                address.plan_port,
                 rank=rank,
                 generation=generation,
                 secret=secret,
                 timeout_s=timeout_s,
             )
-            return cls(groups, receiver=receiver)
+
+        plan = settings.plan
+        first = plan.place(rank).dp_group * plan.group_size
+        if rank != first:
+            return cls(groups, receiver=PlanReceiver(generation, reach(first)))
+        followers = set(range(first + 1, first + plan.group_size))
+        firsts = set(range(0, plan.num_ranks, plan.group_size)) if spread_experts else {first}
+        # Each first rank connects to those before it and then waits for those behind it, so none waits in a circle.
+        companions = {other: reach(other) for other in sorted(firsts) if other < first}
+        later = {other for other in firsts if other > first}
+        if not followers | later:
+            return cls(groups, companions=companions)
         assert listener is not None
-        followers = set(range(first + 1, first + size))
-        sender = listener.accept(followers, generation=generation, secret=secret, timeout_s=timeout_s)
-        return cls(groups, sender=sender)
+        found = listener.accept(followers | later, generation=generation, secret=secret, timeout_s=timeout_s)
+        companions |= {other: found.pop(other) for other in later}
+        sender = PlanSender(generation, found) if found else None
+        return cls(groups, sender=sender, companions=companions)
 
     def watch(self, settings: EngineSettings, on_gone: Callable[[str], None]) -> PeerWatch:
         """A watch over the other ranks of the group, not yet started."""

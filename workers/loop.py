@@ -24,7 +24,7 @@ from scheduler.plan import Event, FinishReason, StepPlan, StepResult
 from scheduler.request import Request, SamplingParams
 from workers.spans import SequenceSpans, record_step
 
-__all__ = ["STOPPED", "Broken", "Outlet", "StepBatch", "StepLoop"]
+__all__ = ["STOPPED", "Broken", "Company", "Outlet", "StepBatch", "StepLoop"]
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,19 @@ class Outlet(Protocol):
         ...
 
 
+class Company(Protocol):
+    """The other DP groups, where steps are taken together: a group without work must then step as well."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether they wait for this group."""
+        ...
+
+    def keep_step(self) -> None:
+        """Joins them without work of one's own. Raises whatever keeps the step from ending."""
+        ...
+
+
 @dataclass(slots=True)
 class _Open:
     outlet: Outlet | None
@@ -77,12 +90,14 @@ class StepLoop:
         *,
         rank: int,
         clock: Callable[[], float],
+        company: Company | None = None,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
         self._batcher = batcher
         self._run = run
         self._rank = rank
         self.clock = clock
+        self._company = company
         self._on_broken = on_broken
         self._outlets: list[Outlet] = []
         self._inbox: list[Callable[[], None]] = []
@@ -183,6 +198,15 @@ class StepLoop:
         if reason != STOPPED:
             self._on_broken()
 
+    def wake(self) -> None:
+        """Looks again whether the company waits. From any thread."""
+        with self._inbox_changed:
+            self._inbox_changed.notify()
+
+    @property
+    def _has_step(self) -> bool:
+        return self._batcher.has_work or (self._company is not None and self._company.pending)
+
     def _tell(self, action: Callable[[], None]) -> None:
         with self._inbox_changed:
             if self._broken is None:
@@ -195,7 +219,7 @@ class StepLoop:
     def _loop(self) -> None:
         while True:
             with self._inbox_changed:
-                while not (self._inbox or self._stopping or self._broken or self._batcher.has_work):
+                while not (self._inbox or self._stopping or self._broken or self._has_step):
                     self._inbox_changed.wait()
                 if self._stopping or self._broken:
                     break
@@ -225,6 +249,8 @@ class StepLoop:
                 self._deliver(events)
             traceparent = self._traceparent(plan) if plan is not None and self._num_traced else ""
         if plan is None:
+            if self._company is not None and self._company.pending and self._broken is None:
+                self._company.keep_step()
             return
         start_ns = time.time_ns() if traceparent else 0
         result = self._run(plan, traceparent)

@@ -20,12 +20,13 @@ import torch
 
 from protos.shoal.v1 import session_pb2
 from scheduler.batcher import Batcher, BatcherSettings
-from workers.assemble import assemble
+from workers.assemble import assemble, spreads_experts
 from workers.execution import FirstRank, Follower
 from workers.group import Membership
 from workers.lease import Lease
 from workers.loop import STOPPED, Broken, StepLoop
 from workers.parallel.channel import PlanListener
+from workers.parallel.pulse import Pulse
 from workers.report import LoadReport, RankAddress, RankState, RankStatus
 from workers.runner import Runner
 from workers.session import SessionServer
@@ -67,6 +68,7 @@ class Rank:
         self._lease = Lease(on_lapse)
         self._state = RankState.NEW
         self._host = ""
+        self._spread_experts = False
         self._generation = 0
         self._progress = (0, 0)
         self._listener: PlanListener | None = None
@@ -78,6 +80,7 @@ class Rank:
         self._session: SessionServer | None = None
         self._session_address = ""
         self._watch: PeerWatch | None = None
+        self._pulse: Pulse | None = None
 
     def open(self, host: str) -> RankAddress:
         """Prepares the process, which others reach at the address `host`."""
@@ -88,7 +91,8 @@ class Rank:
             torch.set_num_interop_threads(1)
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._host = host
-        if self.place.first_in_group and self.settings.plan.group_size > 1:
+        self._spread_experts = spreads_experts(self.settings)
+        if self.place.first_in_group and (self.settings.plan.group_size > 1 or self._spread_experts):
             self._listener = PlanListener(host)
         self._state = RankState.OPEN
         return RankAddress(self.rank, host, self._listener.port if self._listener else 0, os.getpid())
@@ -103,6 +107,7 @@ class Rank:
             addresses=addresses,
             listener=self._listener,
             secret=self._secret,
+            spread_experts=self._spread_experts,
             timeout_s=_JOIN_TIMEOUT_S,
         )
         self._generation = generation
@@ -118,7 +123,8 @@ class Rank:
             if progress is not None:
                 progress(done, total)
 
-        self._runner = assemble(self.settings, self.place, self._membership.groups.tensor, progress=note)
+        groups = self._membership.groups
+        self._runner = assemble(self.settings, self.place, groups.tensor, expert=groups.expert, progress=note)
         self._state = RankState.LOADED
         report = self._runner.report
         log.info("rank %d: loaded in %.1f s, %d blocks", self.rank, report.load_s, report.num_blocks)
@@ -211,6 +217,8 @@ class Rank:
             self._follower.stop(_STOP_TIMEOUT_S)
         if self._watch is not None:
             self._watch.end()
+        if self._pulse is not None:
+            self._pulse.close()
         if self._membership is not None:
             self._membership.close()
         if self._listener is not None:
@@ -238,11 +246,19 @@ class Rank:
             block_size=settings.block_size,
             num_blocks=runner.num_blocks,
         )
-        self._execution = FirstRank(runner, membership.sender)
+        pulse = self._join_pulse(membership)
+        self._execution = FirstRank(runner, membership.sender, pulse)
         batcher = Batcher(batcher_settings, clock=time.monotonic, generation=self._generation)
         self._loop = StepLoop(
-            batcher, self._execution.run, rank=self.rank, clock=time.monotonic, on_broken=membership.hang_up
+            batcher,
+            self._execution.run,
+            rank=self.rank,
+            clock=time.monotonic,
+            company=self._execution,
+            on_broken=self._leave_groups,
         )
+        if pulse is not None:
+            pulse.start()
         self._session = SessionServer(
             self._loop,
             host=self._host,
@@ -255,6 +271,30 @@ class Rank:
         self._session_address = f"{host}:{self._session.start()}"
         self._loop.start()
         return self._session_address
+
+    def _join_pulse(self, membership: Membership) -> Pulse | None:
+        """The common beat with the engine's other groups, where they exchange tokens."""
+        if not membership.companions:
+            return None
+        self._pulse = Pulse(
+            self._generation,
+            membership.companions,
+            timeout_s=self.settings.step_timeout_s,
+            on_wake=self._wake,
+            on_gone=self._peer_gone,
+        )
+        return self._pulse
+
+    def _wake(self) -> None:
+        if self._loop is not None:
+            self._loop.wake()
+
+    def _leave_groups(self) -> None:
+        """Lets every rank that shares steps with this one know that it takes none any more."""
+        if self._membership is not None:
+            self._membership.hang_up()
+        if self._pulse is not None:
+            self._pulse.close()
 
     def _follow(self, membership: Membership, runner: Runner) -> None:
         assert membership.receiver is not None

@@ -10,6 +10,7 @@ from workers.cache import KVCache
 from workers.inputs import StepInputs, build_tensors
 from workers.model.config import ModelConfig
 from workers.model.decoder import Decoder
+from workers.model.moe import RoutingRecorder
 
 __all__ = ["Report", "Runner"]
 
@@ -23,6 +24,7 @@ class Report:
     device: str
     kernels: str
     collectives: str
+    dispatch: str  # empty for a model without experts
     weight_bytes: int
     cache_bytes: int
     num_blocks: int
@@ -56,6 +58,10 @@ class Runner:
         """Blocks of the cache, the same on every rank of the tensor axis."""
         return self._cache.num_blocks
 
+    def record_routing(self, recorder: RoutingRecorder | None) -> None:
+        """Tells `recorder` of every expert choice from the next step on; None stops that."""
+        self._decoder.record_routing(recorder)
+
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> torch.Tensor | None:
         """Logits [sum(num_logits), vocabulary] in the model's dtype and the plan's order; None but at tensor index 0.
@@ -64,3 +70,8 @@ class Runner:
         """
         step = build_tensors(inputs, self._cache.block_size, dtype=self._dtype, device=self._device)
         return self._decoder.forward(step, self._cache)
+
+    @torch.inference_mode()
+    def keep_step(self) -> None:
+        """Takes part in a step of other DP groups for which this one has no tokens."""
+        self._decoder.keep_step(torch.empty(0, self.model_config.hidden_size, dtype=self._dtype, device=self._device))

@@ -16,7 +16,7 @@ import torch
 from protos.shoal.v1 import session_pb2
 from scheduler.request import SamplingParams
 from tests.unit.workers.sampler.plans import decoding, plan
-from workers.parallel.channel import PlanListener, PlanReceiver
+from workers.parallel.channel import PlanListener, PlanReceiver, PlanSender, connect
 from workers.parallel.groups import Groups, host_store
 from workers.parallel.plan import ParallelPlan
 from workers.sampler import Sampler
@@ -60,7 +60,7 @@ def channel() -> None:
     ours, theirs = multiprocessing.Pipe()
     follower = multiprocessing.Process(target=_receive, args=(listener.port, theirs))
     follower.start()
-    sender = listener.accept({1}, generation=1, secret=SECRET, timeout_s=60)
+    sender = PlanSender(1, listener.accept({1}, generation=1, secret=SECRET, timeout_s=60))
     step = session_pb2.StepPlan(
         generation=1,
         token_ids=range(16),
@@ -81,7 +81,7 @@ def channel() -> None:
 
 
 def _receive(port: int, results: Connection) -> None:
-    receiver = PlanReceiver.connect(HOST, port, rank=1, generation=1, secret=SECRET, timeout_s=60)
+    receiver = PlanReceiver(1, connect(HOST, port, rank=1, generation=1, secret=SECRET, timeout_s=60))
     taken: list[float] = []
     while not (step := receiver.receive()).stop:
         taken.append(time.monotonic() - float(step.traceparent))

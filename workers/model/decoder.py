@@ -10,6 +10,7 @@ import torch
 from workers.cache import KVCache, LayerCache
 from workers.inputs import StepTensors
 from workers.kernels.seam import Norm
+from workers.model.moe import MoE, RoutingRecorder
 from workers.model.parallel_linear import Embedding, Head
 from workers.model.rope import RotaryTable
 
@@ -50,11 +51,17 @@ class Decoder:
         self._norm = norm
         self._head = head
         self._rotary = rotary
+        self._mixtures = tuple(layer.mlp for layer in layers if isinstance(layer.mlp, MoE))
 
     @property
     def cache_rows(self) -> list[int]:
         """Elements per token that each layer keeps."""
         return [layer.attention.cache_row for layer in self._layers]
+
+    def record_routing(self, recorder: RoutingRecorder | None) -> None:
+        """Tells `recorder` of every expert choice from the next step on; None stops that."""
+        for mixture in self._mixtures:
+            mixture.recorder = recorder
 
     def forward(self, step: StepTensors, cache: KVCache) -> torch.Tensor | None:
         """Runs a step and fills the cache's slots.
@@ -69,3 +76,8 @@ class Decoder:
         if step.logit_rows is not None:
             x = x.index_select(0, step.logit_rows)
         return self._head(self._norm(x))
+
+    def keep_step(self, nothing: torch.Tensor) -> None:
+        """Serves the experts that live here while other ranks have tokens and this one has none."""
+        for mixture in self._mixtures:
+            mixture.keep_step(nothing)

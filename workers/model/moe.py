@@ -91,3 +91,8 @@ class MoE:
         if self._shared is not None:
             y = self._shared.plus(h, y)
         return x.add_(self._tensor.all_reduce(y))
+
+    def keep_step(self, nothing: torch.Tensor) -> None:
+        """Joins the exchange of a step for which this rank has no tokens; `nothing` is [0, hidden]."""
+        rows, handle = self._dispatch.dispatch(nothing, self._gate(nothing))
+        self._dispatch.combine(self._experts(rows), handle)

@@ -7,15 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from scheduler.experts import ExpertPlacement, balanced, contiguous
 from workers.model.parameters import Parameter, Piece, columns, matrix, stack, vector
 from workers.model.shard import Shard
+from workers.parallel.plan import ParallelPlan
 
-__all__ = ["experts_of", "moe_parameters"]
+__all__ = ["moe_parameters", "place_experts"]
 
 
-def experts_of(num_experts: int, index: int, size: int) -> tuple[int, ...]:
-    """The experts of rank `index` of `size` where each lives on one rank; the ranks' numbers may differ by one."""
-    return tuple(range(num_experts * index // size, num_experts * (index + 1) // size))
+def place_experts(num_experts: int, plan: ParallelPlan) -> ExpertPlacement:
+    """Where the routed experts begin: neighbours together, redundant ones spread as if all were loaded alike.
+
+    Raises ValueError naming the axis where the plan cannot be met.
+    """
+    if plan.expert > num_experts:
+        raise ValueError(
+            f"parallel.data {plan.data} x parallel.tensor {plan.tensor} are more ranks than the model has experts "
+            f"({num_experts})"
+        )
+    if not plan.redundant_experts:
+        return contiguous(num_experts, plan.expert)
+    if plan.data == 1:
+        raise ValueError(
+            "parallel.redundant_experts must be 0 where parallel.data is 1: no other group could take over"
+        )
+    try:
+        return balanced([1.0] * num_experts, plan.expert, redundant=plan.redundant_experts)
+    except ValueError as error:
+        raise ValueError(f"parallel.redundant_experts {plan.redundant_experts}: {error}") from error
 
 
 def moe_parameters(shard: Shard, ours: str, theirs: str) -> Iterator[Parameter]:

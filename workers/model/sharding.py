@@ -14,12 +14,12 @@ from collections.abc import Iterator
 
 from workers.model.config import ModelConfig
 from workers.model.mla_sharding import mla_parameters
-from workers.model.moe_sharding import experts_of, moe_parameters
+from workers.model.moe_sharding import moe_parameters, place_experts
 from workers.model.parameters import Parameter, Piece, columns, stack, vector
 from workers.model.shard import Shard
 from workers.parallel.plan import ParallelPlan
 
-__all__ = ["Parameter", "Piece", "Shard", "check_plan", "experts_of", "shard_parameters", "tensor_sizes"]
+__all__ = ["Parameter", "Piece", "Shard", "check_plan", "place_experts", "shard_parameters", "tensor_sizes"]
 
 
 def tensor_sizes(config: ModelConfig) -> tuple[int, ...]:
@@ -35,11 +35,10 @@ def check_plan(config: ModelConfig, plan: ParallelPlan) -> None:
     """Raises ValueError, naming the axis and the sizes that would work, where `plan` cannot cut this model."""
     if plan.pipeline != 1:
         raise ValueError(f"parallel.pipeline must be 1 for {config.model_type} models, not {plan.pipeline}")
-    if plan.redundant_experts:
-        why = f"a {config.model_type} model has no experts" if config.moe is None else "each expert lives on one rank"
-        raise ValueError(f"parallel.redundant_experts must be 0: {why}")
-    if config.moe is not None and plan.data != 1:
-        raise ValueError(f"parallel.data must be 1 for a model with experts, not {plan.data}; raise cluster.engines")
+    if config.moe is not None:
+        place_experts(config.moe.gate.num_experts, plan)
+    elif plan.redundant_experts:
+        raise ValueError(f"parallel.redundant_experts must be 0: a {config.model_type} model has no experts")
     sizes = tensor_sizes(config)
     if plan.tensor not in sizes:
         heads = f"{config.num_heads} attention heads"

@@ -19,10 +19,13 @@ __all__ = ["AllToAllDispatch", "AllToAllHandle"]
 
 @dataclass(frozen=True, slots=True)
 class AllToAllHandle:
-    """The way back. `order` [T * K]: which flat (token, choice) each sent row is; `arrival` [R]: where each computed
-    row lay when it arrived; `sent` and `received` are row counts by rank.
+    """The way back. `own`: which of the tokens are this rank's to send. `order` [T * K]: which flat (token, choice)
+    each sent row is; `arrival` [R]: where each computed row lay when it arrived; `sent` and `received` are row counts
+    by rank.
     """
 
+    own: slice
+    num_tokens: int
     order: torch.Tensor
     arrival: torch.Tensor
     sent: list[int]
@@ -36,9 +39,18 @@ class AllToAllDispatch:
     Which slot computes a row does not change its bits, for all hold the same weights.
     """
 
-    def __init__(self, exchange: Exchange, placement: ExpertPlacement, *, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        placement: ExpertPlacement,
+        *,
+        part: tuple[int, int] = (0, 1),
+        device: torch.device | None = None,
+    ) -> None:
+        """`part` (index, size): the ranks of a tensor axis have the same tokens, and each sends its part of them."""
         assert exchange.size == placement.num_ranks
         self._exchange = exchange
+        self._part = part
         self._slots = placement.slots_per_rank
         self._ours = len(placement.slots[exchange.index])
         replicas = placement.replicas()
@@ -54,6 +66,10 @@ class AllToAllDispatch:
 
     def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[ExpertRows, AllToAllHandle]:
         size, slots = self._exchange.size, self._slots
+        index, parts = self._part
+        num_tokens = len(x_TD)
+        own = slice(num_tokens * index // parts, num_tokens * (index + 1) // parts)
+        x_TD, routing = x_TD[own], Routing(routing.expert_ids[own], routing.weights[own])
         physical = self._place(routing.expert_ids).flatten()
         order, counts = group_by_expert(physical, size * slots)
         counts = counts.view(size, slots)
@@ -64,14 +80,19 @@ class AllToAllDispatch:
         # What arrives is sorted by (rank, slot); the experts want it by (slot, rank).
         slot_of_row = self._slot_of_count.repeat_interleave(arrived.flatten())
         arrival, per_slot = group_by_expert(slot_of_row, slots)
-        handle = AllToAllHandle(order, arrival, sent, received, routing.weights)
+        handle = AllToAllHandle(own, num_tokens, order, arrival, sent, received, routing.weights)
         return ExpertRows(rows.index_select(0, arrival), per_slot.tolist()[: self._ours]), handle
 
     def combine(self, y_RD: torch.Tensor, handle: AllToAllHandle) -> torch.Tensor:
         back = torch.empty_like(y_RD).index_copy_(0, handle.arrival, y_RD)
         back = self._exchange.rows(back, handle.received, handle.sent)
         y = torch.empty_like(back).index_copy_(0, handle.order, back)
-        return weighted_sum(y.view(*handle.weights.shape, y.shape[-1]), handle.weights)
+        ours = weighted_sum(y.view(*handle.weights.shape, y.shape[-1]), handle.weights)
+        if len(ours) == handle.num_tokens:
+            return ours
+        out = ours.new_zeros(handle.num_tokens, ours.shape[-1])
+        out[handle.own] = ours
+        return out
 
     def _place(self, expert_ids: torch.Tensor) -> torch.Tensor:
         """Physical ids [T, K] of expert ids [T, K]."""

@@ -5,6 +5,8 @@ secret before anything else is read: each answers the other's random challenge w
 challenges, its own role, the generation and the rank, so an answer serves no other connection, and a rank of an
 old generation is refused. What follows is not authenticated message by message.
 
+The same listener and handshake connect the first ranks of an engine's DP groups (`pulse.py`).
+
 A follower sends nothing after the handshake. A connection that can be read at the first rank, or that hangs up at
 a follower, therefore means that the other process has gone; `hung_up` waits for exactly that.
 """
@@ -22,7 +24,7 @@ from collections.abc import Mapping
 
 from protos.shoal.v1 import session_pb2
 
-__all__ = ["ChannelRefused", "PlanListener", "PlanReceiver", "PlanSender"]
+__all__ = ["ChannelRefused", "PlanListener", "PlanReceiver", "PlanSender", "connect"]
 
 _MAGIC = b"shoal-plan-1"
 _HELLO = struct.Struct(f"!{len(_MAGIC)}sQI32s")  # magic, generation, rank, the follower's challenge
@@ -71,7 +73,7 @@ class PlanListener:
         port: int = self._socket.getsockname()[1]
         return port
 
-    def accept(self, ranks: set[int], *, generation: int, secret: bytes, timeout_s: float) -> PlanSender:
+    def accept(self, ranks: set[int], *, generation: int, secret: bytes, timeout_s: float) -> dict[int, socket.socket]:
         """Waits for exactly these ranks; strangers are refused meanwhile. Raises TimeoutError naming who is missing."""
         deadline_s = time.monotonic() + timeout_s
         found: dict[int, socket.socket] = {}
@@ -87,7 +89,7 @@ class PlanListener:
                 rank = _admit(connection, missing, generation, secret)
                 if rank is not None:
                     found[rank] = connection
-        return PlanSender(generation, found)
+        return found
 
     def close(self) -> None:
         self._socket.close()
@@ -111,6 +113,28 @@ def _admit(connection: socket.socket, ranks: set[int], generation: int, secret: 
         pass  # a stranger that hangs up, stalls or sends too little is refused like one with a wrong proof
     connection.close()
     return None
+
+
+def connect(host: str, port: int, *, rank: int, generation: int, secret: bytes, timeout_s: float) -> socket.socket:
+    """The connection of `rank` to a listener. Raises ChannelRefused, or OSError where nobody answers."""
+    connection = socket.create_connection((host, port), timeout=timeout_s)
+    try:
+        mine = secrets.token_bytes(32)
+        connection.sendall(_HELLO.pack(_MAGIC, generation, rank, mine))
+        theirs, proof = _ANSWER.unpack(_read(connection, _ANSWER.size))
+        if not hmac.compare_digest(proof, _proof(secret, b"first", generation, rank, theirs, mine)):
+            raise ChannelRefused("the first rank does not hold the cluster's secret")
+        connection.sendall(_proof(secret, b"follower", generation, rank, mine, theirs))
+        _read(connection, len(_ACCEPTED))
+    except ConnectionError as error:
+        connection.close()
+        raise ChannelRefused(f"the first rank refused rank {rank} of generation {generation}") from error
+    except BaseException:
+        connection.close()
+        raise
+    connection.settimeout(None)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
 
 
 class PlanSender:
@@ -154,30 +178,6 @@ class PlanReceiver:
     def __init__(self, generation: int, connection: socket.socket) -> None:
         self.generation = generation
         self._connection = connection
-
-    @classmethod
-    def connect(
-        cls, host: str, port: int, *, rank: int, generation: int, secret: bytes, timeout_s: float
-    ) -> PlanReceiver:
-        """Raises ChannelRefused, or OSError where nobody answers."""
-        connection = socket.create_connection((host, port), timeout=timeout_s)
-        try:
-            mine = secrets.token_bytes(32)
-            connection.sendall(_HELLO.pack(_MAGIC, generation, rank, mine))
-            theirs, proof = _ANSWER.unpack(_read(connection, _ANSWER.size))
-            if not hmac.compare_digest(proof, _proof(secret, b"first", generation, rank, theirs, mine)):
-                raise ChannelRefused("the first rank does not hold the cluster's secret")
-            connection.sendall(_proof(secret, b"follower", generation, rank, mine, theirs))
-            _read(connection, len(_ACCEPTED))
-        except ConnectionError as error:
-            connection.close()
-            raise ChannelRefused(f"the first rank refused rank {rank} of generation {generation}") from error
-        except BaseException:
-            connection.close()
-            raise
-        connection.settimeout(None)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return cls(generation, connection)
 
     def receive(self) -> session_pb2.StepPlan:
         """Blocks for the next plan. Raises ConnectionError at the end, ChannelRefused for another generation's plan."""

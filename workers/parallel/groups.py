@@ -20,6 +20,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from workers.parallel import native, shm
 from workers.parallel.collectives import Collectives, ProcessGroupCollectives, SharedMemoryCollectives, SingleRank
+from workers.parallel.exchange import Exchange, ProcessGroupExchange
 from workers.settings import EngineSettings
 
 __all__ = ["Groups", "HostedStore", "host_store"]
@@ -54,6 +55,7 @@ class Groups:
 
     generation: int
     tensor: Collectives
+    expert: Exchange | None = None  # None where experts are not spread, or no group but this one uses them
     joined: bool = False
 
     @classmethod
@@ -65,16 +67,20 @@ class Groups:
         generation: int,
         store: tuple[str, int],
         hosts: tuple[str, ...],
+        spread_experts: bool = False,
         timeout_s: float = _JOIN_TIMEOUT_S,
     ) -> Groups:
-        """Meets the other ranks; `hosts` has each rank's. Raises RuntimeError or TimeoutError naming who is missing."""
+        """Meets the other ranks; `hosts` has each rank's. Raises RuntimeError or TimeoutError naming who is missing.
+
+        `spread_experts` says that the model's routed experts are spread over all ranks.
+        """
         plan = settings.plan
         if plan.pipeline != 1:
             raise ValueError(f"parallel.pipeline must be 1, not {plan.pipeline}")
         if plan.num_ranks == 1:
             return cls(generation, SingleRank())
         shared = _meet(rank, plan.num_ranks, generation, store, timeout_s)
-        if plan.tensor == 1:
+        if plan.tensor == 1 and not spread_experts:
             return cls(generation, SingleRank())
         native.prepare_gloo(hosts[rank])
         native.prepare_nccl()
@@ -82,7 +88,9 @@ class Groups:
         if obstacle is not None and settings.collectives == "shm":
             raise ValueError(f"collectives: shm is not possible: {obstacle}")
         _initialise(settings, rank, shared, use_shared_memory=obstacle is None)
-        return cls(generation, _tensor_collectives(settings, rank, obstacle), joined=True)
+        tensor = SingleRank() if plan.tensor == 1 else _tensor_collectives(settings, rank, obstacle)
+        expert = _expert_exchange(settings, rank) if spread_experts else None
+        return cls(generation, tensor, expert, joined=True)
 
     def close(self) -> None:
         """Leaves the groups; a new generation may follow in this process."""
@@ -162,6 +170,14 @@ def _initialise(settings: EngineSettings, rank: int, shared: Any, *, use_shared_
     if use_shared_memory:
         comm.barrier()
         shm.unlink(rank)
+
+
+def _expert_exchange(settings: EngineSettings, rank: int) -> Exchange:
+    """All ranks, with the step timeout."""
+    backend = "nccl" if settings.device == "cuda" else "gloo"
+    size = settings.plan.num_ranks
+    group = distributed.new_group(list(range(size)), timedelta(seconds=settings.step_timeout_s), backend)
+    return ProcessGroupExchange(index=rank, size=size, group=group, kind=backend)
 
 
 def _tensor_collectives(settings: EngineSettings, rank: int, obstacle: str | None) -> Collectives:

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from protos.shoal.v1 import session_pb2
+from workers.parallel import channel
 from workers.parallel.channel import ChannelRefused, PlanListener, PlanReceiver, PlanSender
 
 SECRET = b"secret"
@@ -30,18 +31,26 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
+def receive_from(
+    port: int, *, rank: int = 1, generation: int = 1, secret: bytes = SECRET, timeout_s: float = 5
+) -> PlanReceiver:
+    connection = channel.connect(HOST, port, rank=rank, generation=generation, secret=secret, timeout_s=timeout_s)
+    return PlanReceiver(generation, connection)
+
+
 def connect(
     listener: PlanListener, *, rank: int = 1, generation: int = 1, secret: bytes = SECRET, timeout_s: float = 5
 ) -> PlanReceiver:
-    return PlanReceiver.connect(
-        HOST, listener.port, rank=rank, generation=generation, secret=secret, timeout_s=timeout_s
-    )
+    return receive_from(listener.port, rank=rank, generation=generation, secret=secret, timeout_s=timeout_s)
 
 
 def accept(
     pool: ThreadPoolExecutor, listener: PlanListener, ranks: set[int], *, timeout_s: float = 5
 ) -> Future[PlanSender]:
-    return pool.submit(listener.accept, ranks, generation=1, secret=SECRET, timeout_s=timeout_s)
+    def accepted() -> PlanSender:
+        return PlanSender(1, listener.accept(ranks, generation=1, secret=SECRET, timeout_s=timeout_s))
+
+    return pool.submit(accepted)
 
 
 def plan(step: int, generation: int = 1) -> session_pb2.StepPlan:
@@ -98,7 +107,7 @@ def test_a_recorded_proof_does_not_serve_twice(pool: ThreadPoolExecutor, listene
     heard: list[bytes] = []
     accepting = accept(pool, listener, {1})
     with _tap(listener.port, heard) as port:
-        receiver = PlanReceiver.connect(HOST, port, rank=1, generation=1, secret=SECRET, timeout_s=5)
+        receiver = receive_from(port)
         sender = accepting.result()
     again = accept(pool, listener, {1}, timeout_s=0.3)
     with socket.create_connection((HOST, listener.port), timeout=5) as connection:
@@ -124,7 +133,7 @@ def test_a_false_first_rank_is_refused(pool: ThreadPoolExecutor) -> None:
         pretending = pool.submit(pretend)
         port = server.getsockname()[1]
         with pytest.raises(ChannelRefused, match="secret"):
-            PlanReceiver.connect(HOST, port, rank=1, generation=1, secret=SECRET, timeout_s=5)
+            receive_from(port)
         pretending.result()
 
 
