@@ -66,7 +66,7 @@ class Dispatcher:
             log.error("giving up on %s after %d replays: %s", _name(choice), self._limits.max_replays, reason)
             choice.fail(Unavailable("the engines failed this request too often", retry_after_s=1.0))
             return
-        log.warning("replaying %s from position %d: %s", _name(choice), len(choice.output.token_ids), reason)
+        log.info("replaying %s from position %d: %s", _name(choice), len(choice.output.token_ids), reason)
         if choice.num_replays == 1:
             self._place(choice, avoid=frozenset({avoid}))
         else:

@@ -156,6 +156,7 @@ class Link:
 
     async def _run(self) -> None:
         backoff_s = self._options.first_backoff_s
+        said = ""
         while True:
             reason = "the front door closed the stream"
             try:
@@ -169,12 +170,14 @@ class Link:
                 log.exception("stream to DP group %s broke unexpectedly", self.address.key)
                 reason = "an unexpected error"
             finally:
-                was_ready = self.ready
+                was_ready, num_open = self.ready, self.num_open
                 self._lose(reason)
             backoff_s = self._options.first_backoff_s if was_ready else backoff_s * 2
             backoff_s = min(backoff_s, self._options.most_backoff_s)
-            level = logging.WARNING if was_ready else logging.DEBUG
-            log.log(level, "stream to DP group %s broke: %s", self.address.key, reason)
+            # A group that stays away says so once.
+            level = logging.WARNING if was_ready or reason != said else logging.DEBUG
+            said = reason
+            log.log(level, "stream to DP group %s broke with %d sequences: %s", self.address.key, num_open, reason)
             await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311 - spreads reconnects
 
     async def _stream(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Sequence
+from ctypes import c_float
 from dataclasses import dataclass
 
 from cluster.front_door.call import Call, SamplingOptions
@@ -136,7 +137,7 @@ def _params(resolved: Resolved, card: ModelCard, *, max_tokens: int) -> Sampling
     options, defaults = resolved.options, card.defaults
     ignore_eos = bool(_pick(options.ignore_eos, defaults.ignore_eos, False))
     try:
-        return SamplingParams(
+        params = SamplingParams(
             temperature=_pick(options.temperature, defaults.temperature, 1.0),
             top_p=_pick(options.top_p, defaults.top_p, 1.0),
             top_k=resolved.top_k,
@@ -156,6 +157,11 @@ def _params(resolved: Resolved, card: ModelCard, *, max_tokens: int) -> Sampling
     except ValueError as error:
         message = str(error)
         raise InvalidRequest(message, field=message.split(" ", 1)[0]) from None
+    for name in ("top_p", "repetition_penalty"):
+        value = getattr(params, name)
+        if c_float(value).value == 0.0:  # what is above 0 here must still be so in the engine's 32 bits
+            raise InvalidRequest(f"{name} must be above 0 in 32 bits, not {value}", field=name)
+    return params
 
 
 def _check_identity(call: Call, limits: Limits) -> None:
