@@ -1,12 +1,13 @@
 """Small checkpoints in Hugging Face layout with random weights.
 
-`tiny_llama` is a whole servable model (weights, tokenizer, chat template) in a few hundred kilobytes; what it says is
-noise, but always the same noise. `write_checkpoint` writes any configuration through transformers' own classes.
+`tiny_llama` and `tiny_deepseek` are whole servable models (weights, tokenizer, chat template) in a few hundred
+kilobytes; what they say is noise, but always the same noise. `write_checkpoint` writes any configuration through transformers' own classes.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-__all__ = ["CHAT_TEMPLATE", "tiny_llama", "write_checkpoint", "write_tokenizer"]
+__all__ = ["CHAT_TEMPLATE", "tiny_deepseek", "tiny_llama", "write_checkpoint", "write_tokenizer"]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -37,6 +38,7 @@ def write_checkpoint(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "10GB",
+    fused_experts: bool = False,
 ) -> Any:
     """Writes config.json and safetensors of a random model of `config`, a transformers configuration.
 
@@ -46,12 +48,19 @@ def write_checkpoint(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of absent shared experts
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+        model.config._experts_implementation = "eager"  # the others want widths that are multiples of 16 bytes
         for name, parameter in model.named_parameters():
             # transformers starts norms at one and biases at zero: a loader that forgot them would go unnoticed.
             if "norm" in name or name.endswith(".bias"):
                 parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.3)
+    # transformers holds a layer's experts in two tensors, and writes one by one what it read one by one
+    model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not fused_experts)
     return model
 
 
@@ -138,6 +147,39 @@ def tiny_llama(folder: Path, *, max_position_embeddings: int = 512, seed: int = 
         for name, shape in shapes.items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def tiny_deepseek(folder: Path, *, max_position_embeddings: int = 512, seed: int = 0) -> Path:
+    """A V3 of three layers, the first one dense, with four heads and eight experts, and `tiny_llama`'s tokenizer."""
+    from workers.weights.random_checkpoint import SHAPES, random_checkpoint
+
+    vocab_size = write_tokenizer(folder).get_vocab_size()
+    shape = SHAPES["v3-0.7b"] | {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 40,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "max_position_embeddings": max_position_embeddings,
+        "rope_scaling": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    random_checkpoint(folder, shape, dtype="float32", seed=seed)
+    _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
     return folder
 
 

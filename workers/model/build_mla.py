@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from workers.model.mla import LatentAttention, LatentQuery, softmax_scale
+from workers.model.mla import LatentAttention, LatentQuery, prefers_expanded, softmax_scale
 from workers.model.mla_config import MLAConfig
 from workers.model.parts import Parts
 
@@ -14,7 +16,10 @@ __all__ = ["build_latent_attention"]
 _EPSILON = 1e-6
 
 
-def build_latent_attention(parts: Parts, layer: str) -> LatentAttention:
+def build_latent_attention(
+    parts: Parts, layer: str, *, expands: Callable[[MLAConfig, int, int], bool] = prefers_expanded
+) -> LatentAttention:
+    """`expands` decides how a chunk is computed, from its tokens and its context."""
     config, num_heads = parts.shard.config, parts.shard.num_heads
     mla = config.mla
     assert mla is not None
@@ -48,6 +53,7 @@ def build_latent_attention(parts: Parts, layer: str) -> LatentAttention:
         w_uv=per_head[:, mla.nope_dim :].contiguous(),
         out=parts.residual(f"{name}.out"),
         kernels=parts.kernels,
+        expands=expands,
     )
 
 

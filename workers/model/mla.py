@@ -100,7 +100,7 @@ class LatentAttention:
         w_uv: torch.Tensor,
         out: ResidualLinear,
         kernels: Kernels,
-        expands: Callable[[MLAConfig, int, int], bool] = prefers_expanded,
+        expands: Callable[[MLAConfig, int, int], bool],
     ) -> None:
         self._mla = mla
         self._scale = scale
