@@ -7,6 +7,7 @@ time limit, and a rank only loads what it finds (`workers.parallel.shm`).
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -96,13 +97,15 @@ def _remove_stale_lock(lock: Path, timeout_s: float) -> None:
 
 
 def _held_open(path: Path) -> bool:
-    wanted = path.resolve()
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if link.readlink() == wanted:
-                return True
-        except OSError:
-            continue  # gone meanwhile, or another user's
+    """Whether a process of ours has the file open."""
+    wanted = str(path.resolve())
+    for process in Path("/proc").glob("[0-9]*"):
+        # Processes and their files come and go under this walk, and other users' are closed to us.
+        with contextlib.suppress(OSError):
+            for descriptor in os.listdir(process / "fd"):
+                with contextlib.suppress(OSError):
+                    if os.readlink(process / "fd" / descriptor) == wanted:
+                        return True
     return False
 
 
