@@ -1,7 +1,8 @@
 """Small checkpoints in Hugging Face layout with random weights.
 
 `tiny_llama` and `tiny_deepseek` are whole servable models (weights, tokenizer, chat template) in a few hundred
-kilobytes; what they say is noise, but always the same noise. `write_checkpoint` writes any configuration through transformers' own classes.
+kilobytes; what they say is noise, but always the same noise. `write_checkpoint` writes any configuration through
+transformers' own classes.
 """
 
 from __future__ import annotations
