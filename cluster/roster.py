@@ -32,7 +32,8 @@ class EngineReport:
     groups: tuple[GroupAddress, ...] = ()
     status: admin_pb2.EngineStatus = field(default_factory=admin_pb2.EngineStatus)
     progress: float = 0.0  # of loading, 0 to 1
-    error: str = ""  # why it cannot be served, in one line; nothing will change that
+    error: str = ""  # what went wrong last, in one line
+    refused: bool = False  # the error is the user's to mend: the settings or the model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -67,6 +67,7 @@ class FrontDoor:
 
     async def status(self) -> admin_pb2.StatusResponse:
         """What `shoal status` shows."""
+        await self._roster.report_front_door.remote(self._report())
         engines, front_doors = await self._roster.overview.remote()
         return status_response(self._spec, engines, front_doors, self._server.links.links)
 

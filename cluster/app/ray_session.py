@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from cluster.app import guard
 from cluster.app.names import NAMESPACE
 from cluster.config.environment import has_auth_settings, set_variables
 
@@ -27,11 +30,15 @@ _END_TIMEOUT_S = 5.0
 
 @dataclass(slots=True)
 class RaySession:
-    """`folder` holds the logs, the sockets and the token of a Ray that is our own; None for one that we joined."""
+    """`folder` holds the logs, the sockets and the token of a Ray that is our own; None for one that we joined.
+
+    `guard` is the process that cleans up after us if we are killed.
+    """
 
     folder: Path | None
     gpus: int
     cores: int
+    guard: subprocess.Popen[str] | None = None
 
     def end(self, *, keep_logs: bool = False) -> None:
         """Leaves Ray; of our own nothing remains, be it that it has to be killed."""
@@ -39,16 +46,21 @@ class RaySession:
 
         started = psutil.Process().children(recursive=True) if self.folder is not None else []
         ray.shutdown()
-        _, alive = psutil.wait_procs(started, timeout=_END_TIMEOUT_S)
+        ours = [process for process in started if not self._guards(process)]
+        _, alive = psutil.wait_procs(ours, timeout=_END_TIMEOUT_S)
         kill(alive)
         if self.folder is not None and not keep_logs:
             shutil.rmtree(self.folder, ignore_errors=True)
+        if self.guard is not None:
+            self.guard.communicate("done\n")
 
     def kill(self) -> None:
-        """The same, at once."""
+        """The same, at once; the guard does the rest."""
         if self.folder is not None:
-            kill(psutil.Process().children(recursive=True))
-            shutil.rmtree(self.folder, ignore_errors=True)
+            kill([child for child in psutil.Process().children(recursive=True) if not self._guards(child)])
+
+    def _guards(self, process: psutil.Process) -> bool:
+        return self.guard is not None and process.pid == self.guard.pid
 
 
 def kill(processes: list[psutil.Process]) -> None:
@@ -90,7 +102,22 @@ def start_ray(num_cpus: int, cores: int) -> RaySession:
         _node_ip_address=_LOOPBACK,
         _temp_dir=str(folder),
     )
-    return RaySession(folder, int(ray.cluster_resources().get("GPU", 0)), cores)
+    return RaySession(folder, int(ray.cluster_resources().get("GPU", 0)), cores, _start_guard(folder))
+
+
+def _start_guard(folder: Path) -> subprocess.Popen[str]:
+    """In a session of its own, because Ctrl-C is sent to everything in ours."""
+    processes = psutil.Process().children(recursive=True)
+    script = Path(guard.__file__)
+    process = subprocess.Popen(  # noqa: S603  # a script of ours
+        [sys.executable, "-I", "-S", str(script), str(folder)], stdin=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdin is not None
+    for child in processes:
+        if started := guard.start_time(child.pid):
+            process.stdin.write(f"{child.pid} {started}\n")
+    process.stdin.flush()
+    return process
 
 
 def join_ray(address: str) -> RaySession:

@@ -21,7 +21,11 @@ _ROSTER_TIMEOUT_S = 10.0
 
 
 class StartError(Exception):
-    """The cluster cannot serve; the message is for the user."""
+    """The cluster cannot serve; the message is for the user. `explained`: the logs would add nothing to it."""
+
+    def __init__(self, message: str, *, explained: bool) -> None:
+        super().__init__(message)
+        self.explained = explained
 
 
 class Run:
@@ -63,7 +67,7 @@ class Run:
         while not self._stop.wait(_LOOK_EVERY_S * 2):
             engines, _ = self._look()
             if engines and all(report.status.state == EngineState.FAILED for report in engines):
-                raise StartError(engines[0].error)
+                raise StartError(engines[0].error, explained=engines[0].refused)
 
     def drain(self) -> None:
         """Front doors refuse what is new and finish what is open, within the configured time."""
@@ -113,12 +117,14 @@ class Run:
     def _raise_problems(self, engines: tuple[EngineReport, ...], front_doors: tuple[FrontDoorReport, ...]) -> None:
         for report in engines:
             if report.status.state == EngineState.FAILED:
-                raise StartError(report.error)
+                raise StartError(report.error, explained=report.refused)
         for door in front_doors:
             if door.error:
-                raise StartError(door.error)
+                raise StartError(door.error, explained=True)
 
     def _all_ready(self, engines: tuple[EngineReport, ...], front_doors: tuple[FrontDoorReport, ...]) -> bool:
         spec = self._spec
         engines_ready = sum(report.status.state == EngineState.READY for report in engines) == spec.engines
-        return engines_ready and sum(door.ready for door in front_doors) == spec.front_doors
+        num_groups = spec.engines * spec.settings.plan.data
+        doors_ready = sum(door.ready and len(door.dp_groups) == num_groups for door in front_doors) == spec.front_doors
+        return engines_ready and doors_ready

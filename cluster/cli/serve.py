@@ -69,6 +69,7 @@ def _serve(spec: ClusterSpec, session: RaySession | None, config: Config, cores:
     stop = threading.Event()
     _follow_signals(stop, session)
     run = Run(spec, session, announcer, stop)
+    keep_logs = False
     try:
         run.start()
         if run.wait_until_ready():
@@ -80,12 +81,12 @@ def _serve(spec: ClusterSpec, session: RaySession | None, config: Config, cores:
     except StartError as error:
         announcer.close()
         print(f"shoal: {error}", file=sys.stderr)
-        code = FAILURE
+        code, keep_logs = FAILURE, not error.explained
     finally:
         announcer.close()
         run.take_down()
-        session.end()
-    announcer.line("stopped")
+        session.end(keep_logs=keep_logs)
+    announcer.line(f"stopped; logs are in {session.folder}/session_latest/logs" if keep_logs else "stopped")
     raise SystemExit(code)
 
 

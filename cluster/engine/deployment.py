@@ -85,6 +85,7 @@ class Engine:
                 status=leader.status(),
                 progress=leader.progress,
                 error=leader.error,
+                refused=leader.refused,
             )
             try:
                 if not await self._roster.report_engine.remote(report):

@@ -75,6 +75,7 @@ class Leader:
         self.generation = generation
         self.progress = 0.0
         self.error = ""
+        self.refused = False
         self.probed_at_s = 0.0
 
     async def run(self) -> None:
@@ -89,6 +90,7 @@ class Leader:
                 starts += 1
                 # What has been ready can be again, whatever it says now.
                 if isinstance(error, RankRefused) and self.state is not EngineState.READY:
+                    self.refused = True
                     await self._fail(str(error))
                 else:
                     await self._restart(str(error), starts)
@@ -142,6 +144,7 @@ class Leader:
         await self._probe()
         self._statuses = await self._all(lambda rank: rank.status(), self._pace.call_timeout_s)
         self.progress = 1.0
+        self.error = ""
         self._advance(EngineEvent.ANSWERED)
         log.info("%s is ready (generation %d%s)", self._settings.engine, self.generation, ", adopted" * adopted)
 

@@ -144,6 +144,7 @@ class _RayRank:
             cause = error.cause
             if isinstance(cause, ValueError | MemoryError):
                 raise RankRefused(_first_line(cause)) from None
+            log.warning("rank %d failed: %s", self._rank, error)
             raise RankLost(f"rank {self._rank}: {_first_line(cause or error)}") from None
         except RayError as error:
             raise RankLost(f"rank {self._rank} cannot be reached: {_first_line(error)}") from None
