@@ -18,18 +18,18 @@ from bisect import insort
 from collections.abc import Callable
 from itertools import count
 
-from scheduler.blocks import BlockPool
-from scheduler.budget import StepTimeModel, prefill_budget
+from scheduler.deadlines import Deadlines
 from scheduler.draft import Draft, Flight
-from scheduler.heap import RemovableHeap
+from scheduler.gate import Gate, Refusal
 from scheduler.intake import ended_on_arrival, max_output_tokens
+from scheduler.integrity import check_running, check_waiting
 from scheduler.plan import Event, FinishReason, SequenceResult, StepPlan, StepResult
-from scheduler.policy import Order, OrderKey, priority_then_arrival
-from scheduler.prefix import PrefixCache
+from scheduler.policy import ORDERS, Order, OrderKey
 from scheduler.request import Request
 from scheduler.sequence import Sequence, State, Trigger
 from scheduler.settings import BatcherLoad, BatcherSettings
 from scheduler.stopping import finish_of
+from scheduler.tables import BlockTables
 from scheduler.turns import turns
 from scheduler.waiting import OrderedQueue, WaitingQueue
 
@@ -45,33 +45,25 @@ class Batcher:
         *,
         clock: Callable[[], float],
         generation: int = 0,
-        order: Order = priority_then_arrival,
+        order: Order | None = None,
         queue: WaitingQueue | None = None,
         prefix_key: bytes = b"",
     ) -> None:
         self.settings = settings
         self.generation = generation
         self._clock = clock
-        self._order = order
-        self._pool = BlockPool(settings.num_blocks, settings.block_size)
-        self._prefixes: PrefixCache | None = None
-        if settings.prefix_cache:
-            self._prefixes = PrefixCache(
-                self._pool,
-                wait_tokens=settings.prefix_wait_tokens,
-                share_tenants=settings.share_prefixes,
-                key=prefix_key,
-            )
+        self._order = ORDERS[settings.order] if order is None else order
+        self._tables = BlockTables(settings, prefix_key=prefix_key)
         self._waiting: WaitingQueue = OrderedQueue() if queue is None else queue
         self._running: list[Sequence] = []  # sorted by `order`
+        self._gate = Gate(settings, self._tables, self._waiting, self._running)
         self._open: dict[str, Sequence] = {}
-        self._deadlines: RemovableHeap[Sequence] = RemovableHeap()
+        self._deadlines = Deadlines(max_queue_s=settings.max_queue_s)
         self._events: list[Event] = []
         self._flight: Flight | None = None
         self._tickets = count()
         self._step = 0
         self._step_s = 0.0
-        self._step_times = StepTimeModel()
         self._num_preemptions = 0
 
     @property
@@ -83,7 +75,7 @@ class Batcher:
         """Queue a request. Raises ValueError where its key is open already; every other refusal is an event."""
         if request.key in self._open:
             raise ValueError(f"key {request.key!r} is already open")
-        event = ended_on_arrival(self.settings, request, len(self._waiting))
+        event = ended_on_arrival(self.settings, request)
         if event is not None:
             self._events.append(event)
             return
@@ -94,8 +86,15 @@ class Batcher:
         )
         self._open[request.key] = sequence
         self._waiting.push(sequence)
-        if request.deadline_s is not None:
-            self._deadlines.push((request.deadline_s,), sequence)
+        self._deadlines.open(sequence)
+        excess = self._gate.to_shed(sequence)
+        if excess is not None:
+            for victim in excess[0]:
+                self._refuse(victim, excess[1])
+        if sequence.state is State.WAITING:
+            refusal = self._gate.too_late(sequence, self._clock())
+            if refusal is not None:
+                self._refuse(sequence, refusal)
 
     def cancel(self, key: str) -> bool:
         """End a request at once; False where it is not open. What a step in flight makes of it is dropped."""
@@ -127,6 +126,8 @@ class Batcher:
         assert self._flight is None, "the last plan was not committed"
         now_s = self._clock()
         self._expire(now_s)
+        if self.settings.preempt_lower:
+            self._make_way()
         draft = Draft(
             num_tokens=self.settings.max_batch_tokens,
             num_prompt_logits=self.settings.max_prompt_logits,
@@ -152,7 +153,7 @@ class Batcher:
         self._flight = None
         now_s = self._clock()
         self._step_s = now_s - flight.scheduled_s if step_s is None else step_s
-        self._step_times.observe(flight.num_tokens, self._step_s)
+        self._gate.observe_step(flight.num_tokens, len(flight.sequences), self._step_s)
         events: list[Event] = []
         for sequence, made in zip(flight.sequences, result.sequences, strict=True):
             if sequence.state is State.ENDING:
@@ -165,13 +166,13 @@ class Batcher:
         return events
 
     def load(self) -> BatcherLoad:
-        prefixes = self._prefixes
+        pool, prefixes = self._tables.pool, self._tables.prefixes
         return BatcherLoad(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             num_waiting_tokens=self._waiting.num_tokens,
-            num_free_blocks=self._pool.num_free,
-            num_blocks=self._pool.num_blocks,
+            num_free_blocks=pool.num_free,
+            num_blocks=pool.num_blocks,
             num_preemptions=self._num_preemptions,
             step_s=self._step_s,
             prefix_hit_tokens=0 if prefixes is None else prefixes.num_hit_tokens,
@@ -181,42 +182,45 @@ class Batcher:
     def check_integrity(self) -> None:
         """Assert everything that must hold between two calls. Costs a walk over all sequences and blocks."""
         in_flight = set(self._flight.sequences) if self._flight is not None else set()
-        self._pool.check_integrity([sequence.block_ids for sequence in self._running])
-        assert self._running == sorted(self._running, key=_order_of)
-        assert len(self._running) <= self.settings.max_running
         waiting = list(self._waiting)
         running = [sequence for sequence in self._running if sequence.state is State.RUNNING]
+        assert len(self._running) <= self.settings.max_running
         assert {id(sequence) for sequence in self._open.values()} == {id(s) for s in waiting + running}
         assert len(self._open) == len(waiting) + len(running) == len(self._waiting) + len(running)
         assert self._waiting.num_tokens == sum(len(sequence.token_ids) for sequence in waiting)
-        for sequence in waiting:
-            assert sequence.state in (State.WAITING, State.PREEMPTED)
-            assert not sequence.block_ids
-            assert sequence.num_computed == sequence.num_scheduled == 0
-        for sequence in self._running:
-            assert sequence.state is State.RUNNING or sequence in in_flight, sequence.state
-            assert (sequence.num_scheduled > 0) == (sequence in in_flight)
-            held = len(sequence.block_ids) * self._pool.block_size
-            assert sequence.num_computed + sequence.num_scheduled <= held
-            assert sequence.num_computed + sequence.num_scheduled <= len(sequence.token_ids)
-            assert sequence.num_remaining > 0
-            assert not (sequence.first_token_sent and sequence.prompt_logprobs)
-            num_full = sequence.num_computed // self._pool.block_size
-            assert sequence.num_published <= num_full
-            # What another may find or share is full, and so is never written again.
-            for block_id in sequence.block_ids[sequence.num_published :]:
-                assert self._pool.hash_of(block_id) is None
-                assert self._pool.num_owned_alone([block_id])
-        for sequence in self._deadlines:
-            assert self._open.get(sequence.request.key) is sequence
+        check_waiting(waiting)
+        check_running(self._running, in_flight, self._tables.pool)
+        assert all(self._open.get(sequence.request.key) is sequence for sequence in self._deadlines)
 
     def _expire(self, now_s: float) -> None:
-        while (head := self._deadlines.peek()) is not None and head[0][0] <= now_s:
-            self._end(head[1], FinishReason.DEADLINE)
+        while (sequence := self._deadlines.expired(now_s)) is not None:
+            self._end(sequence, FinishReason.DEADLINE)
+        max_queue_s = self.settings.max_queue_s
+        waited = f"waited in the queue for {max_queue_s:g} s, the most that max_queue_s allows"
+        while (sequence := self._deadlines.waited_out(now_s)) is not None:
+            self._refuse(sequence, Refusal(waited, max_queue_s))
+
+    def _make_way(self) -> None:
+        """Preempt what is of a lower class than the queue's head, where that gives the head room; else nothing."""
+        head = self._waiting.peek()
+        victims: list[Sequence] = []
+        num_gained = 0
+        while head is not None and len(victims) < len(self._running):
+            num_staying = len(self._running) - len(victims)
+            if num_staying < self.settings.max_running and self._tables.fits(head, num_staying, num_gained=num_gained):
+                for victim in victims:
+                    self._preempt(victim)
+                return
+            victim = self._running[num_staying - 1]
+            if victim.request.priority <= head.request.priority:
+                return
+            victims.append(victim)
+            num_gained += self._tables.pool.num_owned_alone(victim.block_ids)
 
     def _schedule_decodes(self, draft: Draft) -> None:
         """Schedule every running sequence that has one token to run; none of the others ever lacks blocks."""
-        block_size = self._pool.block_size
+        pool = self._tables.pool
+        block_size = pool.block_size
         index = 0
         while index < len(self._running):
             sequence = self._running[index]
@@ -228,7 +232,7 @@ class Batcher:
                 self._make_room()
                 if sequence.state is not State.RUNNING:
                     return
-                sequence.block_ids += self._pool.allocate(1)
+                sequence.block_ids += pool.allocate(1)
             draft.add_decode(sequence)
 
     def _make_room(self) -> None:
@@ -236,71 +240,57 @@ class Batcher:
 
         The walk that calls this goes from the front, so what is preempted is not yet in the draft.
         """
-        while not self._pool.can_allocate(1):
-            victim = self._running.pop()
-            assert victim.num_scheduled == 0
-            victim.apply(Trigger.PREEMPT)
-            self._release(victim)
-            victim.num_computed = 0
-            victim.was_preempted = True
-            self._num_preemptions += 1
-            self._waiting.push(victim)
+        while not self._tables.pool.can_allocate(1):
+            self._preempt(self._running[-1])
+
+    def _preempt(self, victim: Sequence) -> None:
+        """Send the last of the running ones back to the queue."""
+        assert self._running[-1] is victim
+        assert victim.num_scheduled == 0
+        self._running.pop()
+        victim.apply(Trigger.PREEMPT)
+        self._tables.leave(victim)
+        victim.num_computed = 0
+        victim.was_preempted = True
+        self._num_preemptions += 1
+        self._waiting.push(victim)
 
     def _schedule_prefills(self, draft: Draft, now_s: float) -> None:
-        settings = self.settings
-        num_tokens = prefill_budget(
-            self._step_times,
-            num_decodes=draft.num_tokens,
-            target_step_s=settings.target_step_s,
-            min_chunk_tokens=settings.min_chunk_tokens,
-            max_tokens=draft.num_tokens_left,
-        )
+        num_tokens = self._gate.prefill_budget(draft.num_tokens, draft.num_tokens_left)
         draft.limit(num_tokens)
         prefills = [sequence for sequence in self._running if sequence.num_scheduled == 0]
-        if self._prefixes is not None:
-            for sequence in prefills:
-                self._prefixes.advance(sequence)
-        self._admit(prefills, num_tokens)
+        self._tables.advance(prefills)
+        self._admit(prefills, num_tokens, now_s)
         for sequence, to_leave in turns(prefills, num_tokens):
-            if draft.num_tokens_left == 0:
-                return
-            self._schedule_chunk(draft, sequence, to_leave, now_s)
+            chunk_tokens = draft.room_for(sequence, to_leave)
+            if chunk_tokens and self._tables.claim(sequence, draft.computing):
+                if sequence.first_scheduled_s is None:
+                    sequence.first_scheduled_s = now_s
+                draft.add(sequence, chunk_tokens)
 
-    def _schedule_chunk(self, draft: Draft, sequence: Sequence, to_leave: int, now_s: float) -> None:
-        """Schedule what fits; nothing where another sequence of this step computes what this one can share then."""
-        prefixes = self._prefixes
-        if prefixes is not None and prefixes.awaits(sequence, draft.computing):
-            return
-        num_tokens = draft.room_for(sequence, to_leave)
-        if num_tokens == 0:
-            return
-        if prefixes is not None:
-            draft.computing.update(prefixes.remaining_hashes(sequence))
-        if sequence.first_scheduled_s is None:
-            sequence.first_scheduled_s = now_s
-        draft.add(sequence, num_tokens)
-
-    def _admit(self, prefills: list[Sequence], num_tokens: int) -> None:
+    def _admit(self, prefills: list[Sequence], num_tokens: int, now_s: float) -> None:
         """Move the queue's head into the batch, and to the end of `prefills`, while slots, tokens and blocks last.
 
         A sequence gets the blocks of its whole history at once, so a prefill that began can end; one block for each
         running sequence stays free, so that none is preempted right after.
         """
         num_wanted = sum(sequence.num_remaining for sequence in prefills)
+        self._gate.head_lacks_blocks = False
         while num_tokens and len(self._running) < self.settings.max_running:
             sequence = self._waiting.peek()
             if sequence is None or (num_wanted >= num_tokens and len(prefills) >= self.settings.max_prefills):
                 return
-            found = [] if self._prefixes is None else self._prefixes.find(sequence)
-            num_blocks = self._pool.blocks_for(len(sequence.token_ids)) - len(found)
-            if not self._pool.can_allocate(num_blocks + self._pool.num_idle(found) + len(self._running)):
+            refusal = self._gate.too_late(sequence, now_s, alone=True)
+            if refusal is not None:
+                self._end(sequence, FinishReason.DEADLINE, refusal.reason)
+                continue
+            if not self._tables.fits(sequence, len(self._running)):
+                self._gate.head_lacks_blocks = True
                 return
             self._waiting.remove(sequence)
             sequence.apply(Trigger.ADMIT)
-            self._pool.share(found)
-            sequence.block_ids = found + self._pool.allocate(num_blocks)
-            if self._prefixes is not None:
-                self._prefixes.admit(sequence, found)
+            self._deadlines.admitted(sequence)
+            self._tables.enter(sequence)
             insort(self._running, sequence, key=_order_of)
             prefills.append(sequence)
             num_wanted += sequence.num_remaining
@@ -309,8 +299,8 @@ class Batcher:
         """Move a sequence past its part of the step; the event of its new token where there is one."""
         sequence.num_computed += sequence.num_scheduled
         sequence.num_scheduled = 0
-        if self._prefixes is not None:
-            self._prefixes.publish(sequence)
+        if self._tables.prefixes is not None:
+            self._tables.prefixes.publish(sequence)
         if sequence.predicts_prompt:
             sequence.take_prompt_logprobs(made.prompt_logprobs)
         if sequence.num_remaining:
@@ -329,9 +319,12 @@ class Batcher:
         if finish is not None:
             sequence.apply(Trigger.END)
             self._close(sequence)
+            self._gate.observe_end(sequence)
         return sequence.token_event(token_id, position, made.logprobs, finish, now_s)
 
-    def _end(self, sequence: Sequence, finish: FinishReason, error: str = "") -> None:
+    def _end(
+        self, sequence: Sequence, finish: FinishReason, error: str = "", retry_after_s: float | None = None
+    ) -> None:
         """End a sequence for a reason of which no step's result tells."""
         if sequence.num_scheduled:
             sequence.apply(Trigger.END_IN_FLIGHT)
@@ -343,32 +336,36 @@ class Batcher:
                 self._waiting.remove(sequence)
             sequence.apply(Trigger.END)
             self._close(sequence)
-        event = Event(key=sequence.request.key, position=sequence.num_output_tokens, finish=finish, error=error)
-        self._events.append(event)
+        self._events.append(
+            Event(
+                key=sequence.request.key,
+                position=sequence.num_output_tokens,
+                finish=finish,
+                error=error,
+                retry_after_s=retry_after_s,
+            )
+        )
+
+    def _refuse(self, sequence: Sequence, refusal: Refusal) -> None:
+        self._end(sequence, FinishReason.REFUSED, refusal.reason, refusal.retry_after_s)
 
     def _close(self, sequence: Sequence) -> None:
-        self._release(sequence)
+        self._tables.leave(sequence)
         self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
         del self._open[sequence.request.key]
-        self._deadlines.discard(sequence)
+        self._deadlines.forget(sequence)
 
     def _land(self, sequence: Sequence) -> None:
         """Free what a sequence that ended in flight still held."""
         sequence.num_scheduled = 0
         sequence.apply(Trigger.LAND)
-        self._release(sequence)
+        self._tables.leave(sequence)
 
     def _drop_finished(self) -> None:
         if any(sequence.state is State.FINISHED for sequence in self._running):
-            self._running = [sequence for sequence in self._running if sequence.state is not State.FINISHED]
-
-    def _release(self, sequence: Sequence) -> None:
-        # A prefix is of use without what follows it, not the other way round: the last block goes first.
-        self._pool.release(reversed(sequence.block_ids))
-        sequence.block_ids = []
-        sequence.num_published = 0
+            self._running[:] = [sequence for sequence in self._running if sequence.state is not State.FINISHED]
 
 
 def _order_of(sequence: Sequence) -> OrderKey:

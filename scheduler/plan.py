@@ -111,7 +111,8 @@ class Event:
     """Something a sequence's owner must hear: a new token, an end, or both.
 
     `position` is the output position of `token_id`, or the number of output tokens where there is none.
-    `queue_s` and `prefill_s` come with the first token.
+    `queue_s` and `prefill_s` come with the first token. `retry_after_s` is a hint for what was refused for a reason
+    that passes.
     """
 
     key: str
@@ -125,3 +126,4 @@ class Event:
     error: str = ""
     queue_s: float | None = None
     prefill_s: float | None = None
+    retry_after_s: float | None = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from scheduler.request import Request
 
-__all__ = ["Order", "OrderKey", "priority_then_arrival", "priority_then_deadline"]
+__all__ = ["ORDERS", "Order", "OrderKey", "priority_then_arrival", "priority_then_deadline"]
+
+_PATIENCE_S = 120.0
 
 OrderKey = tuple[float, ...]
 Order = Callable[[Request], OrderKey]
@@ -20,6 +21,13 @@ def priority_then_arrival(request: Request) -> OrderKey:
 
 
 def priority_then_deadline(request: Request) -> OrderKey:
-    """The most urgent first within a priority; those without a deadline come last, in order of arrival."""
-    deadline_s = math.inf if request.deadline_s is None else request.deadline_s
+    """The most urgent first within a priority.
+
+    One without a deadline goes as if it had two minutes, so that it does not wait for ever.
+    """
+    deadline_s = request.arrival_s + _PATIENCE_S if request.deadline_s is None else request.deadline_s
     return (request.priority, deadline_s, request.arrival_s)
+
+
+ORDERS: Mapping[str, Order] = {"arrival": priority_then_arrival, "deadline": priority_then_deadline}
+"""By the name used in the configuration."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from scheduler.policy import ORDERS
+
 __all__ = ["BatcherLoad", "BatcherSettings"]
 
 _COUNTS = (
@@ -32,6 +34,11 @@ class BatcherSettings:
 
     With `target_step_s`, a step holds at most the tokens of prefill that keep it that short, though never fewer than
     `min_chunk_tokens`. Up to `max_prefills` prompts are under way where one step does not hold them all.
+
+    `order` is one of scheduler.policy.ORDERS. The queue holds at most `max_waiting` requests and `max_waiting_tokens`
+    tokens (0: any number), each for at most `max_queue_s` (0: as long as it takes). With `refuse_late`, a request that
+    would not be finished by its deadline is refused as soon as that can be told; with `preempt_lower`, one of a lower
+    class gives way to one that finds no room.
     """
 
     max_batch_size: int
@@ -47,14 +54,21 @@ class BatcherSettings:
     target_step_s: float = 0.0
     min_chunk_tokens: int = 32
     max_prefills: int = 8
+    order: str = "arrival"
+    max_waiting_tokens: int = 0
+    max_queue_s: float = 0.0
+    refuse_late: bool = False
+    preempt_lower: bool = False
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("target_step_s",):
-            if not getattr(self, name) >= 0.0:
+        for name in ("target_step_s", "max_waiting_tokens", "max_queue_s"):
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be 0 (off) or above, not {getattr(self, name)}")
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {self.order!r}")
 
     @property
     def max_running(self) -> int:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from scheduler.plan import FinishReason
+from scheduler.policy import ORDERS
 from scheduler.request import Request
 from tests.unit.scheduler.harness import VOCAB_SIZE, Bench, expected_output, request
 from tests.unit.scheduler.harness import settings as limits
@@ -57,6 +58,11 @@ class Trace(RuleBasedStateMachine):
         target_step_s=st.sampled_from([0.0, 0.5, 2.0]),
         min_chunk_tokens=st.integers(1, 8),
         max_prefills=st.integers(1, 4),
+        order=st.sampled_from(sorted(ORDERS)),
+        max_waiting_tokens=st.sampled_from([0, 30]),
+        max_queue_s=st.sampled_from([0.0, 4.0]),
+        refuse_late=st.booleans(),
+        preempt_lower=st.booleans(),
     )
     def start(self, **changes: Any) -> None:
         self.bench = Bench(limits(**changes))
