@@ -1,5 +1,11 @@
-# make serve: install what is missing, pull the default model, serve it.   make test: every test.
-# make check: what CI runs.   make load: a small load against a running server.
+# make serve       install what is missing, pull the default model, serve it   (ARGS="--model-path ...")
+# make test        every test                                                  (ARGS="-k name")
+# make unit        the tests that need neither network nor processes
+# make check       what CI runs: format, lint, types, stubs, every test
+# make format      put the code into shape
+# make stubs       write the gRPC stubs again
+# make load        a small load against a running server
+# make clean       remove .venv and caches; pulled models stay
 .DEFAULT_GOAL := help
 .PHONY: help install serve test unit check format stubs load clean
 
@@ -17,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt install.sh
 install: $(STAMP)
 
 serve: $(STAMP)
-	$(BIN)/shoal serve $(ARGS)
+	@exec $(BIN)/shoal serve $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/pytest $(ARGS)

@@ -1,13 +1,32 @@
 #!/usr/bin/env bash
 # Creates .venv and installs the tested set into it. Safe to repeat; an interrupted run is continued.
+#   ./install.sh [PYTHON]
 set -euo pipefail
 cd "$(dirname "$0")"
-python=${1:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+
+# The first Python of at least 3.11 among the one that was asked for and the usual names.
+python=
+for candidate in "${1:-python3}" python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        python=$candidate
+        break
+    fi
+done
+if [ -z "$python" ]; then
     echo "shoal needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2
     exit 1
-}
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+fi
+
+# A folder without pip is what a failed `venv` leaves behind.
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    rm -rf .venv
+    if ! "$python" -m venv .venv; then
+        rm -rf .venv
+        echo "$python cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2
+        exit 1
+    fi
+fi
+
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 torch=$(grep '^torch==' constraints.txt)
 echo "[1/3] $torch (set PIP_EXTRA_INDEX_URL to choose a CPU-only or another CUDA build)"

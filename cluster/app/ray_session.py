@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 # Ray takes 127.0.0.1 to mean "this machine from outside"; any other loopback address it leaves alone.
 _LOOPBACK = "127.0.0.2"
 _MAX_FOLDER_CHARS = 40  # Ray puts sockets below it, whose whole path may have 107
-_OBJECT_STORE_BYTES = 100_000_000  # nothing large passes through Ray's store
+_OBJECT_STORE_BYTES = 80_000_000  # next to the least that Ray takes: nothing large passes through its store
 _END_TIMEOUT_S = 5.0
 
 

@@ -151,7 +151,8 @@ def _num_threads(config: Config, machine: Machine, ranks_here: int) -> int:
 
 def _check_weights_fit(model: ModelFacts, dtype: str, plan: ParallelPlan, engines: int, limit_bytes: int) -> None:
     scale = _DTYPE_BYTES[dtype] / _DTYPE_BYTES.get(model.config.dtype, 2)
-    copies = plan.data * engines
+    # The DP groups of an engine share one set of routed experts; what each holds beside them the ranks find out.
+    copies = engines if model.config.moe is not None else plan.data * engines
     needed = int(model.weight_bytes * scale * copies)
     if needed > limit_bytes:
         fitting = limit_bytes // int(model.weight_bytes * scale)
