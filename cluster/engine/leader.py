@@ -30,7 +30,7 @@ T = TypeVar("T")
 class Pace:
     """How often the leader looks, and how long it waits."""
 
-    renew_every_s: float = 2.0
+    renew_every_s: float = 1.0
     rank_lease_s: float = 30.0
     probe_every_s: float = 5.0
     probe_timeout_s: float = 20.0
@@ -229,7 +229,12 @@ class Leader:
             await act()
 
     async def _renew(self) -> None:
+        """Also asks how the ranks are: one whose group has failed answers, and runs no step any more."""
         await self._all(lambda rank: rank.renew(self._pace.rank_lease_s), self._pace.call_timeout_s)
+        self._statuses = await self._all(lambda rank: rank.status(), self._pace.call_timeout_s)
+        for status in self._statuses:
+            if status.state is not RankState.RUNNING:
+                raise RankLost(f"rank {status.rank} is {status.state}" + f": {status.reason}" * bool(status.reason))
 
     async def _probe(self) -> None:
         timeout_s = self._pace.probe_timeout_s

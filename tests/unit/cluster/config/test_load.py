@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -106,10 +107,14 @@ def test_an_option_cannot_hide_a_broken_section() -> None:
         parse({"cluster": "x"}, {("cluster", "port"): 9})
 
 
-def test_the_readme_shows_a_configuration_that_loads() -> None:
+def test_the_readme_shows_every_key() -> None:
     text = (ROOT / "cluster" / "README.md").read_text()
     block = text.split("```yaml\n", 1)[1].split("```", 1)[0]
-    assert parse(yaml.safe_load(block)) != Config()
+    document = yaml.safe_load(block)
+    assert parse(document) != Config()
+    shown = {(section, key) for section, keys in document.items() for key in keys} | {("cluster", "address")}
+    sections = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+    assert shown == {(name, field.name) for name, make in sections.items() for field in dataclasses.fields(make())}
 
 
 def test_only_one_module_touches_the_environment() -> None:

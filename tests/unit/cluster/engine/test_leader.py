@@ -169,6 +169,15 @@ async def test_a_rank_that_does_not_answer_any_more_is_lost(call: str, fault: Ex
         assert case.leader.generation == 2
 
 
+async def test_a_rank_whose_group_failed_is_lost_although_it_answers() -> None:
+    async with leading() as case:
+        await case.until_state(EngineState.READY)
+        case.ranks.sets[0][1].state = RankState.BROKEN
+        moment = await case.until_state(EngineState.RESTARTING)
+        assert moment.error == "rank 1 is broken"
+        await case.until_state(EngineState.READY)
+
+
 @pytest.mark.parametrize("call", ["open", "join", "load", "start", "probe"])
 async def test_a_failure_on_the_way_up_is_tried_again(call: str) -> None:
     def prepare(index: int, ranks: list[FakeRank]) -> None:
