@@ -141,8 +141,8 @@ def _weight_bytes(shard: Shard, kernels: Kernels, dtype: torch.dtype) -> int:
         math.prod(parameter.shape) * (torch.float32.itemsize if parameter.full_precision else dtype.itemsize)
         for parameter in parameters.values()
     )
-    if shard.config.tie_word_embeddings and kernels.packs_weights:
-        # the head needs the embedding in another layout than the look-up does
+    if kernels.packs_weights:
+        # the head is kept in both layouts: rows are looked up in one of them
         size_bytes += math.prod(parameters["embedding"].shape) * dtype.itemsize
     return size_bytes
 

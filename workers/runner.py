@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from workers.cache import KVCache
-from workers.inputs import StepInputs, build_tensors
+from workers.cache import WINDOW_SHARE, KVCache
+from workers.inputs import StepInputs
 from workers.model.config import ModelConfig
 from workers.model.decoder import Decoder
 from workers.model.moe import RoutingRecorder
+from workers.step import build_tensors
+from workers.windows import Windows
 
 __all__ = ["Report", "Runner"]
 
@@ -48,6 +50,7 @@ class Runner:
     ) -> None:
         self._decoder = decoder
         self._cache = cache
+        self._windows = Windows(cache.block_size, int(cache.num_blocks * cache.block_size * WINDOW_SHARE))
         self._dtype = dtype
         self._device = device
         self.model_config = model_config
@@ -64,12 +67,18 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs) -> torch.Tensor | None:
-        """Logits [sum(num_logits), vocabulary] in the model's dtype and the plan's order; None but at tensor index 0.
+        """Logits [sum(num_logits), vocabulary] in fp32 and the plan's order; None but at tensor index 0.
 
         Every rank of the tensor axis must run the same steps in the same order.
         """
-        step = build_tensors(inputs, self._cache.block_size, dtype=self._dtype, device=self._device)
-        return self._decoder.forward(step, self._cache)
+        try:
+            step = build_tensors(inputs, self._cache.block_size, self._windows, dtype=self._dtype, device=self._device)
+            if step.decode:
+                self._cache.trim(len(step.decode))
+            return self._decoder.forward(step, self._cache)
+        except BaseException:
+            self._windows.forget()
+            raise
 
     @torch.inference_mode()
     def keep_step(self) -> None:

@@ -16,8 +16,9 @@ from workers.model.attention import GroupedQueryAttention, QKNorm
 from workers.model.build_mla import build_latent_attention
 from workers.model.build_moe import build_moe
 from workers.model.decoder import Attention, Decoder, DecoderLayer
+from workers.model.head import head
 from workers.model.mlp import GatedMLP
-from workers.model.parallel_linear import embedding, head
+from workers.model.parallel_linear import embedding
 from workers.model.parts import Parts, Take
 from workers.model.rope import rotary_table
 from workers.model.sharding import Shard
@@ -48,7 +49,7 @@ def build_decoder(
         embedding=embedding(table, shard.vocab[0], tensor),
         layers=layers,
         norm=norm,
-        head=head(kernels.linear(output, None), config.vocab_size, tensor),
+        head=head(kernels.linear(output, None), output, config.vocab_size, tensor),
         rotary=rotary_table(config.rope, config.head_dim, num_positions, dtype=dtype, device=device),
     )
 

@@ -8,11 +8,12 @@ from typing import Protocol
 import torch
 
 from workers.cache import KVCache, LayerCache
-from workers.inputs import StepTensors
 from workers.kernels.seam import Norm
+from workers.model.head import Head
 from workers.model.moe import MoE, RoutingRecorder
-from workers.model.parallel_linear import Embedding, Head
+from workers.model.parallel_linear import Embedding
 from workers.model.rope import RotaryTable
+from workers.step import StepTensors
 
 __all__ = ["Attention", "Decoder", "DecoderLayer"]
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from workers.kernels.seam import Linear
 from workers.parallel.collectives import Collectives
 
-__all__ = ["Embedding", "Head", "ResidualLinear", "embedding", "head", "residual_linear"]
+__all__ = ["Embedding", "ResidualLinear", "embedding", "residual_linear"]
 
 
 class ResidualLinear(Protocol):
@@ -30,12 +30,6 @@ class Embedding(Protocol):
         ...
 
 
-class Head(Protocol):
-    def __call__(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Logits [T, vocabulary] at index 0 of the tensor axis; None at the others."""
-        ...
-
-
 def residual_linear(linear: Linear, tensor: Collectives) -> ResidualLinear:
     """`linear` holds this rank's columns; where it has a bias, only one rank does."""
     return linear if tensor.size == 1 else _ReducedLinear(linear, tensor)
@@ -44,11 +38,6 @@ def residual_linear(linear: Linear, tensor: Collectives) -> ResidualLinear:
 def embedding(weight: torch.Tensor, first: int, tensor: Collectives) -> Embedding:
     """`weight` holds the rows of token ids from `first` on."""
     return _WholeEmbedding(weight) if tensor.size == 1 else _CutEmbedding(weight, first, tensor)
-
-
-def head(linear: Linear, vocab_size: int, tensor: Collectives) -> Head:
-    """`linear` holds this rank's rows, as many on each rank; those past `vocab_size` are dropped."""
-    return _WholeHead(linear) if tensor.size == 1 else _CutHead(linear, vocab_size, tensor)
 
 
 class _ReducedLinear:
@@ -85,26 +74,3 @@ class _CutEmbedding:
         ours = (local >= 0) & (local < len(self._weight))
         rows = F.embedding(local.where(ours, 0), self._weight)
         return self._tensor.all_reduce(rows.masked_fill_(~ours[:, None], 0.0))
-
-
-class _WholeHead:
-    __slots__ = ("_linear",)
-
-    def __init__(self, linear: Linear) -> None:
-        self._linear = linear
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor | None:
-        return self._linear(x)
-
-
-class _CutHead:
-    __slots__ = ("_linear", "_tensor", "_vocab_size")
-
-    def __init__(self, linear: Linear, vocab_size: int, tensor: Collectives) -> None:
-        self._linear = linear
-        self._vocab_size = vocab_size
-        self._tensor = tensor
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor | None:
-        logits = self._tensor.gather(self._linear(x))
-        return None if logits is None else logits[:, : self._vocab_size]
