@@ -53,7 +53,7 @@ def assemble(
     config = read_config(folder)
     _check_settings(settings, config)
     dtype, device = _DTYPES[settings.dtype], torch.device(settings.device)
-    kernels = select_kernels(device, dtype)
+    kernels = select_kernels(device, dtype, deterministic=settings.deterministic)
     index = read_index(folder)
     log_skipped_layers(config, index)
     shard = _shard(config, place, settings, has_fused_experts(index))
@@ -108,6 +108,11 @@ def _check_settings(settings: EngineSettings, config: ModelConfig) -> None:
         raise ValueError(f"inference.dtype must be one of {', '.join(_DTYPES)}, not {settings.dtype!r}")
     if settings.quantization != "none":
         raise ValueError(f"inference.quantization must be none for {config.model_type} models")
+    if settings.deterministic and settings.plan.tensor > 2:
+        raise ValueError(
+            f"inference.deterministic takes parallel.tensor 1 or 2, not {settings.plan.tensor}: a sum over more ranks "
+            "is made in an order that depends on how much is summed"
+        )
     if settings.max_model_len > config.max_position_embeddings:
         raise ValueError(
             f"inference.max_model_len {settings.max_model_len} exceeds the model's {config.max_position_embeddings} "

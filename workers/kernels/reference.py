@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch.nn import functional as F
 
@@ -51,6 +53,7 @@ class ReferenceKernels:
 
     description = "torch"
     packs_weights = False
+    one_form = False
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         return _Linear(weight, bias)
@@ -60,6 +63,12 @@ class ReferenceKernels:
 
     def rms_norm(self, weight: torch.Tensor, epsilon: float) -> Norm:
         return _Norm(weight, epsilon)
+
+    def per_head(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
+
+    def by_rows(self, act: Callable[[torch.Tensor], Sequence[torch.Tensor]], x: torch.Tensor) -> Sequence[torch.Tensor]:
+        return act(x)
 
     def rotate_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         rolled = torch.roll(x, x.shape[-1] // 2, -1)

@@ -7,6 +7,7 @@ faster version must match; `select.py` chooses once.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -62,6 +63,19 @@ class Kernels(Protocol):
 
     def rms_norm(self, weight: torch.Tensor, epsilon: float) -> Norm:
         """`weight` [width]."""
+        ...
+
+    @property
+    def one_form(self) -> bool:
+        """Whether a token must be computed in the same way alone, in a chunk and in a batch, at any price."""
+        ...
+
+    def per_head(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Each head's own projection: x [T, H, in] times `weight` [H, in, out], gives [T, H, out]."""
+        ...
+
+    def by_rows(self, act: Callable[[torch.Tensor], Sequence[torch.Tensor]], x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """What `act` makes of x [T, ...]: tensors [T, ...], each row of which depends on that row of x alone."""
         ...
 
     def rotate_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 
 from workers.kernels.cpu import PackedKernels, can_pack
+from workers.kernels.deterministic import DeterministicKernels
 from workers.kernels.reference import ReferenceKernels
 from workers.kernels.seam import Kernels
 
 __all__ = ["select_kernels"]
 
 
-def select_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The fastest kernels that this machine runs; their `description` says which."""
-    if device.type == "cpu" and can_pack(dtype):
-        return PackedKernels()
-    return ReferenceKernels()
+def select_kernels(device: torch.device, dtype: torch.dtype, *, deterministic: bool = False) -> Kernels:
+    """The fastest kernels that this machine runs; their `description` says which.
+
+    With `deterministic`, those whose result for a token does not depend on what else is in the step.
+    """
+    fastest: Kernels = PackedKernels() if device.type == "cpu" and can_pack(dtype) else ReferenceKernels()
+    return DeterministicKernels(fastest) if deterministic else fastest

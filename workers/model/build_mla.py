@@ -17,9 +17,13 @@ _EPSILON = 1e-6
 
 
 def build_latent_attention(
-    parts: Parts, layer: str, *, expands: Callable[[MLAConfig, int, int], bool] = prefers_expanded
+    parts: Parts, layer: str, *, expands: Callable[[MLAConfig, int, int], bool] | None = None
 ) -> LatentAttention:
-    """`expands` decides how a chunk is computed, from its tokens and its context."""
+    """`expands` decides how a chunk is computed, from its tokens and its context: by default by cost, or as a token
+    that decodes where the kernels want one form for all.
+    """
+    if expands is None:
+        expands = _never if parts.kernels.one_form else prefers_expanded
     config, num_heads = parts.shard.config, parts.shard.num_heads
     mla = config.mla
     assert mla is not None
@@ -55,6 +59,10 @@ def build_latent_attention(
         kernels=parts.kernels,
         expands=expands,
     )
+
+
+def _never(mla: MLAConfig, num_tokens: int, context: int) -> bool:
+    return False
 
 
 def _rotated_rows(mla: MLAConfig, num_heads: int) -> list[tuple[int, int]]:

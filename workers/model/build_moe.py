@@ -18,7 +18,7 @@ def build_moe(parts: Parts, layer: int, dispatch: Dispatch[Any]) -> MoE:
     assert moe is not None
     name = f"layers.{layer}.mlp"
     norm = parts.norm(f"{name}.norm")
-    gate = Gate(parts.need(f"{name}.gate.weight"), moe.gate, parts.take(f"{name}.gate.bias"))
+    gate = Gate(parts.need(f"{name}.gate.weight"), moe.gate, parts.take(f"{name}.gate.bias"), parts.kernels)
     experts = Experts(len(parts.shard.experts), parts.kernels)
     for slot in range(len(parts.shard.experts)):
         expert = f"{name}.experts.{slot}"

@@ -156,14 +156,13 @@ class LatentAttention:
     def _absorb(self, q_THD: torch.Tensor) -> torch.Tensor:
         """Queries that attend to cache rows [T, H, L + R]."""
         nope = self._mla.nope_dim
-        q_HTL = torch.bmm(q_THD[..., :nope].transpose(0, 1), self._w_uk)
-        return torch.cat((q_HTL.transpose(0, 1), q_THD[..., nope:]), dim=-1)
+        q_THL = self._kernels.per_head(q_THD[..., :nope], self._w_uk)
+        return torch.cat((q_THL, q_THD[..., nope:]), dim=-1)
 
     def _raise(self, sums: torch.Tensor) -> torch.Tensor:
         """Values [T, H * V] of the heads' sums over cache rows [T, H * (L + R)]."""
         sums_THL = sums.view(len(sums), -1, self.cache_row)[..., : self._mla.kv_rank]
-        v_HTV = torch.bmm(sums_THL.transpose(0, 1), self._w_uv.transpose(1, 2))
-        return v_HTV.transpose(0, 1).reshape(len(sums), -1)
+        return self._kernels.per_head(sums_THL, self._w_uv.transpose(1, 2)).reshape(len(sums), -1)
 
     def _expanded(self, q_THD: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         num_heads = len(self._w_uk)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional as F
 
-from workers.kernels.seam import GatedLinear, Linear, Norm
+from workers.kernels.seam import GatedLinear, Kernels, Linear, Norm
 from workers.model.experts import Experts
 from workers.model.gate import choose_experts
 from workers.model.moe_config import GateRule
@@ -28,14 +28,20 @@ class RoutingRecorder(Protocol):
 class Gate:
     """Scores in fp32 whatever the model's dtype."""
 
-    __slots__ = ("_correction_bias", "_rule", "_weight")
+    __slots__ = ("_correction_bias", "_kernels", "_rule", "_weight")
 
-    def __init__(self, weight: torch.Tensor, rule: GateRule, correction_bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, rule: GateRule, correction_bias: torch.Tensor | None, kernels: Kernels
+    ) -> None:
         self._weight = weight
         self._rule = rule
         self._correction_bias = correction_bias
+        self._kernels = kernels
 
     def __call__(self, x: torch.Tensor) -> Routing:
+        return Routing(*self._kernels.by_rows(self._choose, x))
+
+    def _choose(self, x: torch.Tensor) -> Routing:
         return choose_experts(F.linear(x.float(), self._weight), self._rule, self._correction_bias)
 
 

@@ -2,72 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from scheduler.experts import ExpertPlacement, balanced, contiguous
+from tests.unit.workers.thread_exchange import Table, ThreadExchange, on_threads
 from workers.parallel.all_to_all import AllToAllDispatch
 from workers.parallel.dispatch import ExpertRows, LocalDispatch, Routing
 
 EXPERTS, TOP_K, HIDDEN = 12, 3, 16
-
-
-class Table:
-    """Where threads put what they send; a barrier on both sides of every exchange."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.barrier = threading.Barrier(size, timeout=10)
-        self.sent: list[list[torch.Tensor]] = [[] for _ in range(size)]
-
-    def exchange(self, index: int, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        self.sent[index] = list(parts)
-        self.barrier.wait()
-        received = [self.sent[other][index].clone() for other in range(self.size)]
-        self.barrier.wait()
-        return received
-
-
-class ThreadExchange:
-    kind = "threads"
-
-    def __init__(self, table: Table, index: int) -> None:
-        self._table = table
-        self.size = table.size
-        self.index = index
-
-    def counts(self, counts: torch.Tensor) -> torch.Tensor:
-        return torch.stack(self._table.exchange(self.index, list(counts)))
-
-    def rows(self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
-        received = self._table.exchange(self.index, torch.split(x, list(send)))
-        assert [len(part) for part in received] == list(receive)
-        return torch.cat(received)
-
-
-def _run(ranks: int, work: Callable[[int], torch.Tensor]) -> list[torch.Tensor]:
-    results: list[torch.Tensor | BaseException] = [torch.empty(0)] * ranks
-
-    def call(rank: int) -> None:
-        try:
-            results[rank] = work(rank)
-        except BaseException as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=call, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    made = []
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-        made.append(result)
-    return made
 
 
 def _experts(rows: ExpertRows, ids: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
@@ -113,7 +58,7 @@ def test_the_bits_are_those_of_one_rank(name: str, tokens: tuple[int, ...]) -> N
         rows, handle = seam.dispatch(xs[rank], routings[rank])
         return seam.combine(_experts(rows, placement.slots[rank], weights), handle)
 
-    for rank, found in enumerate(_run(ranks, work)):
+    for rank, found in enumerate(on_threads(ranks, work)):
         alone = LocalDispatch(EXPERTS)
         rows, handle = alone.dispatch(xs[rank], routings[rank])
         expected = alone.combine(_experts(rows, range(EXPERTS), weights), handle)
@@ -133,5 +78,5 @@ def test_redundant_copies_share_the_rows() -> None:
         counts[rank] = rows.counts
         return seam.combine(rows.x_RD, handle)
 
-    _run(2, work)
+    on_threads(2, work)
     assert counts == [[10, 0], [10]]
