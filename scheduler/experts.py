@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["ExpertPlacement", "balanced", "contiguous", "imbalance", "rank_loads"]
+__all__ = ["ExpertPlacement", "balanced", "contiguous", "imbalance", "rank_loads", "settled", "step_imbalance"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,40 @@ def imbalance(carried: Sequence[float]) -> float:
     """The most loaded rank over the mean: 1 is even; the slowest rank sets the step. 1 where nothing is carried."""
     total = sum(carried)
     return max(carried) * len(carried) / total if total else 1.0
+
+
+def step_imbalance(carried_by_layer: Sequence[Sequence[float]]) -> float:
+    """The same of a whole step: in every layer all wait for that layer's most loaded rank."""
+    total = sum(sum(carried) for carried in carried_by_layer)
+    if not total:
+        return 1.0
+    return sum(max(carried) * len(carried) for carried in carried_by_layer) / total
+
+
+def settled(wanted: ExpertPlacement, current: ExpertPlacement, *, num_hosts: int = 1) -> ExpertPlacement:
+    """`wanted` with its ranks renumbered within each host, and its slots within each rank, so that few experts move.
+
+    Who shares a rank with whom does not change, so neither does the balance.
+    """
+    per_host = wanted.num_ranks // num_hosts
+    slots: list[tuple[int, ...]] = []
+    for start in range(0, wanted.num_ranks, per_host):
+        ranks = range(start, start + per_host)
+        overlaps = sorted(
+            ((-len(set(wanted.slots[a]) & set(current.slots[b])), a, b) for a in ranks for b in ranks),
+        )
+        home: dict[int, int] = {}
+        for _, a, b in overlaps:
+            if a not in home.values() and b not in home:
+                home[b] = a
+        slots += [_in_old_slots(wanted.slots[home[rank]], current.slots[rank]) for rank in ranks]
+    return ExpertPlacement(wanted.num_experts, tuple(slots))
+
+
+def _in_old_slots(experts: tuple[int, ...], old: tuple[int, ...]) -> tuple[int, ...]:
+    kept = {slot: expert for slot, expert in enumerate(old[: len(experts)]) if expert in experts}
+    others = iter(sorted(set(experts) - set(kept.values())))
+    return tuple(kept[slot] if slot in kept else next(others) for slot in range(len(experts)))
 
 
 def _replicate(loads: Sequence[float], num_slots: int, *, limit: int) -> list[int]:

@@ -22,8 +22,10 @@ from workers.parallel.collectives import Collectives
 from workers.parallel.dispatch import Dispatch, LocalDispatch, ShareDispatch
 from workers.parallel.exchange import Exchange
 from workers.parallel.plan import RankPlace
+from workers.relocation import Relocation
 from workers.runner import Report, Runner
 from workers.settings import EngineSettings
+from workers.weights.experts import ExpertReader
 from workers.weights.index import read_index
 from workers.weights.layout import has_fused_experts, log_skipped_layers
 from workers.weights.load import Progress, WeightReader
@@ -94,7 +96,10 @@ def assemble(
         bytes_read=bytes_read,
         load_s=time.monotonic() - started_s,
     )
-    return Runner(decoder, cache, model_config=config, report=report, dtype=dtype, device=device)
+    experts = None
+    if expert is not None:
+        experts = Relocation(decoder.mixtures, ExpertReader(shard, folder, index, dtype, device))
+    return Runner(decoder, cache, model_config=config, report=report, experts=experts, dtype=dtype, device=device)
 
 
 def spreads_experts(settings: EngineSettings) -> bool:

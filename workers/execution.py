@@ -16,6 +16,7 @@ from workers.inputs import StepInputs
 from workers.loop import STOPPED
 from workers.parallel.channel import PlanReceiver, PlanSender
 from workers.parallel.pulse import Pulse
+from workers.relocation import Relocation
 from workers.sampler import Sampler
 from workers.spans import record_step
 
@@ -35,12 +36,22 @@ class Forward(Protocol):
 
 
 class FirstRank:
-    """The first rank's side; `sender` is None in a group of one, `pulse` where no other group shares the steps."""
+    """The first rank's side; `sender` is None in a group of one, `pulse` where no other group shares the steps.
 
-    def __init__(self, runner: Forward, sender: PlanSender | None, pulse: Pulse | None = None) -> None:
+    `experts` move between steps, where groups share them.
+    """
+
+    def __init__(
+        self,
+        runner: Forward,
+        sender: PlanSender | None,
+        pulse: Pulse | None = None,
+        experts: Relocation | None = None,
+    ) -> None:
         self._runner = runner
         self._sender = sender
         self._pulse = pulse
+        self._experts = experts
         self._sampler = Sampler()
 
     @property
@@ -49,18 +60,17 @@ class FirstRank:
 
     def keep_step(self) -> None:
         """One beat with the other groups, and the step that may follow from it."""
-        assert self._pulse is not None
-        if not self._pulse.beat(0):
-            return
-        if self._sender is not None:
-            self._sender.send(session_pb2.StepPlan(generation=self._sender.generation))
-        self._runner.keep_step()
+        has_step = self._beat(0)
+        if has_step:
+            if self._sender is not None:
+                self._sender.send(session_pb2.StepPlan(generation=self._sender.generation))
+            self._runner.keep_step()
 
     def run(self, plan: StepPlan, traceparent: str) -> StepResult:
         """Raises whatever keeps the step from ending; the group is broken then."""
         inputs = StepInputs.from_plan(plan)
         if self._pulse is not None:
-            self._pulse.beat(plan.num_tokens)
+            self._beat(plan.num_tokens)
         if self._sender is not None:
             message = inputs.to_proto()
             message.traceparent = traceparent
@@ -68,6 +78,17 @@ class FirstRank:
         logits = self._runner.forward(inputs)
         assert logits is not None, "no logits at the first rank"
         return self._sampler.sample(logits, plan)
+
+    def _beat(self, num_tokens: int) -> bool:
+        """Whether any group has tokens. Where all are ready for it, experts change places first, on every rank."""
+        assert self._pulse is not None
+        has_step = self._pulse.beat(num_tokens)
+        if epoch := self._pulse.agreed:
+            assert self._experts is not None
+            self._experts.switch(epoch)
+            if self._sender is not None:
+                self._sender.send(session_pb2.StepPlan(generation=self._sender.generation, expert_epoch=epoch))
+        return has_step
 
     def dismiss(self) -> None:
         """Tells the followers that no step follows; one that has gone already need not hear it."""
@@ -80,8 +101,11 @@ class FirstRank:
 class Follower:
     """Another rank's side: a thread that runs what it is told until it is told to stop."""
 
-    def __init__(self, runner: Forward, receiver: PlanReceiver, *, rank: int) -> None:
+    def __init__(
+        self, runner: Forward, receiver: PlanReceiver, *, rank: int, experts: Relocation | None = None
+    ) -> None:
         self._runner = runner
+        self._experts = experts
         self._receiver = receiver
         self._rank = rank
         self._lock = threading.Lock()
@@ -126,6 +150,10 @@ class Follower:
             self.fail(f"{type(error).__name__}: {error}")
 
     def _follow(self, message: session_pb2.StepPlan) -> None:
+        if message.expert_epoch:
+            assert self._experts is not None
+            self._experts.switch(message.expert_epoch)
+            return
         if not message.num_tokens:
             self._runner.keep_step()
             return

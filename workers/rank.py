@@ -20,6 +20,7 @@ import torch
 
 from protos.shoal.v1 import session_pb2
 from scheduler.batcher import Batcher, BatcherSettings
+from scheduler.experts import ExpertPlacement
 from workers.assemble import assemble, spreads_experts
 from workers.execution import FirstRank, Follower
 from workers.group import Membership
@@ -27,13 +28,14 @@ from workers.lease import Lease
 from workers.loop import STOPPED, Broken, StepLoop
 from workers.parallel.channel import PlanListener
 from workers.parallel.pulse import Pulse
-from workers.report import LoadReport, RankAddress, RankState, RankStatus
+from workers.relocation import Relocation
+from workers.report import ExpertLoads, LoadReport, RankAddress, RankState, RankStatus
 from workers.runner import Runner
 from workers.session import SessionServer
 from workers.settings import EngineSettings
 from workers.watch import PeerWatch
 
-__all__ = ["Broken", "LoadReport", "Rank", "RankAddress", "RankState", "RankStatus"]
+__all__ = ["Broken", "ExpertLoads", "LoadReport", "Rank", "RankAddress", "RankState", "RankStatus"]
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +174,7 @@ class Rank:
         report = self._runner.report if self._runner is not None else None
         reason = self._reason()
         kind = self._membership.groups.tensor.kind if self._membership is not None else ""
+        experts = self._experts.loads() if self._experts is not None else None
         return RankStatus(
             rank=self.rank,
             dp_group=self.place.dp_group,
@@ -192,12 +195,43 @@ class Rank:
             kernels=report.kernels if report else "",
             session=self._session_address,
             load=self._loop.load if self._loop is not None else None,
+            expert_epoch=experts.epoch if experts else 0,
+            expert_tokens=sum(map(sum, experts.counts)) if experts else 0,
             warnings=(f"rank {self.rank}: collectives over {kind}",) if kind.startswith("gloo (") else (),
         )
 
     def renew(self, lease_s: float) -> None:
         """Keeps the process alive for `lease_s` from now; without a first call it lives on."""
         self._lease.renew(lease_s)
+
+    def expert_loads(self) -> ExpertLoads | None:
+        """What the group's tokens chose; None where the model has no experts that DP groups share."""
+        return self._experts.loads() if self._experts is not None else None
+
+    def stage_experts(self, epoch: int, placements: Sequence[tuple[int, Sequence[Sequence[int]]]]) -> int:
+        """Reads what this rank lacks of a new placement, while it serves; bytes taken.
+
+        `placements` names layers and, for each, the experts of every rank of the stage. Once all ranks have done so,
+        `switch_experts` of the same epoch brings it into force.
+        """
+        if self._experts is None:
+            raise ValueError("experts move between DP groups only, and this engine shares none")
+        places = {
+            layer: ExpertPlacement(max(map(max, slots)) + 1, tuple(map(tuple, slots))) for layer, slots in placements
+        }
+        return self._experts.stage(epoch, places)
+
+    def switch_experts(self, epoch: int, timeout_s: float) -> None:
+        """To be called on all ranks, once all have staged the epoch: they switch before the same step.
+
+        Comes back when this rank has. Raises TimeoutError where the others are not ready in time.
+        """
+        if self._experts is None:
+            raise ValueError("experts move between DP groups only, and this engine shares none")
+        if self._pulse is not None and self._experts.epoch < epoch:
+            self._experts.check(epoch)
+            self._pulse.offer(epoch)
+        self._experts.wait(epoch, timeout_s)
 
     def drain(self, timeout_s: float) -> bool:
         """Takes nothing new and waits for what is open; False where that takes longer."""
@@ -206,6 +240,8 @@ class Rank:
     def stop(self) -> None:
         """Ends every thread and connection; what is open ends as FAILED. Safe to repeat."""
         self._lease.end()
+        if self._experts is not None:
+            self._experts.end()
         if self._loop is not None:
             was_broken = self._loop.reason is not None
             self._loop.stop(_STOP_TIMEOUT_S)
@@ -247,7 +283,7 @@ class Rank:
             num_blocks=runner.num_blocks,
         )
         pulse = self._join_pulse(membership)
-        self._execution = FirstRank(runner, membership.sender, pulse)
+        self._execution = FirstRank(runner, membership.sender, pulse, runner.experts)
         batcher = Batcher(batcher_settings, clock=time.monotonic, generation=self._generation)
         self._loop = StepLoop(
             batcher,
@@ -271,6 +307,10 @@ class Rank:
         self._session_address = f"{host}:{self._session.start()}"
         self._loop.start()
         return self._session_address
+
+    @property
+    def _experts(self) -> Relocation | None:
+        return self._runner.experts if self._runner is not None else None
 
     def _join_pulse(self, membership: Membership) -> Pulse | None:
         """The common beat with the engine's other groups, where they exchange tokens."""
@@ -298,7 +338,7 @@ class Rank:
 
     def _follow(self, membership: Membership, runner: Runner) -> None:
         assert membership.receiver is not None
-        self._follower = Follower(runner, membership.receiver, rank=self.rank)
+        self._follower = Follower(runner, membership.receiver, rank=self.rank, experts=runner.experts)
         self._follower.start()
 
     def _peer_gone(self, reason: str) -> None:

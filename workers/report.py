@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from scheduler.batcher import BatcherLoad
 
-__all__ = ["LoadReport", "RankAddress", "RankState", "RankStatus"]
+__all__ = ["ExpertLoads", "LoadReport", "RankAddress", "RankState", "RankStatus"]
 
 
 class RankState(StrEnum):
@@ -45,6 +45,20 @@ class LoadReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertLoads:
+    """How often the tokens of a rank's group chose each expert since the start, and where the experts live.
+
+    `counts[n]` and `slots[n]` are of layer `layers[n]`: one count per expert, and for every rank of the stage the
+    experts of its slots, since the placement numbered `epoch`.
+    """
+
+    epoch: int
+    layers: tuple[int, ...]
+    counts: tuple[tuple[int, ...], ...]
+    slots: tuple[tuple[tuple[int, ...], ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RankStatus:
     """A rank at this moment; what is not known yet is empty. `reason` says why a rank is broken."""
 
@@ -67,4 +81,6 @@ class RankStatus:
     kernels: str = ""
     session: str = ""  # host:port at the first rank of a DP group
     load: BatcherLoad | None = None
+    expert_epoch: int = 0  # which placement of the routed experts is in force; 0 is the first
+    expert_tokens: int = 0  # expert choices of the group's tokens since the start, over all layers
     warnings: tuple[str, ...] = ()  # every fallback in force

@@ -11,6 +11,7 @@ from workers.inputs import StepInputs
 from workers.model.config import ModelConfig
 from workers.model.decoder import Decoder
 from workers.model.moe import RoutingRecorder
+from workers.relocation import Relocation
 from workers.step import build_tensors
 from workers.windows import Windows
 
@@ -36,7 +37,10 @@ class Report:
 
 
 class Runner:
-    """One rank's part of a model with its cache. Not thread-safe: one step at a time."""
+    """One rank's part of a model with its cache. Not thread-safe: one step at a time.
+
+    `experts` can move between steps, where they are spread over DP groups; None elsewhere.
+    """
 
     def __init__(
         self,
@@ -45,10 +49,12 @@ class Runner:
         *,
         model_config: ModelConfig,
         report: Report,
+        experts: Relocation | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self._decoder = decoder
+        self.experts = experts
         self._cache = cache
         self._windows = Windows(cache.block_size, int(cache.num_blocks * cache.block_size * WINDOW_SHARE))
         self._dtype = dtype

@@ -8,11 +8,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
 from protos.shoal.v1 import session_pb2
+from scheduler.experts import balanced
 from tests.checkpoints import tiny_deepseek
 from tests.integration.front_door_stream import FrontDoorStream, sampling
 from tests.integration.rank_process import Engine
@@ -20,6 +22,8 @@ from workers.parallel.plan import ParallelPlan
 from workers.settings import EngineSettings
 
 STEP_TIMEOUT_S = 2.0
+NUM_EXPERTS = 8
+EXPERT_LAYERS = [1, 2]
 PROMPTS = [[1, 5 + number, *range(40, 40 + 7 * number)] for number in range(8)]
 
 StartEngine = Callable[..., Engine]
@@ -57,14 +61,15 @@ def start(model: Path, tmp_path: Path) -> Iterator[StartEngine]:
         engine.end()
 
 
-async def _generate(addresses: list[str]) -> list[list[int]]:
-    """Sixteen tokens for each prompt, the prompts dealt out over the groups, greedy and drawn by turns."""
+async def _generate(addresses: list[str], num_tokens: int = 16) -> list[list[int]]:
+    """That many tokens for each prompt, the prompts dealt out over the groups, greedy and drawn by turns."""
 
     async def one_group(index: int) -> dict[int, list[int]]:
         numbers = range(index, len(PROMPTS), len(addresses))
         async with FrontDoorStream(addresses[index]) as stream:
             for number in numbers:
-                await stream.submit(number, PROMPTS[number], sampling(16, temperature=float(number % 2), seed=number))
+                params = sampling(num_tokens, temperature=float(number % 2), seed=number)
+                await stream.submit(number, PROMPTS[number], params)
             await stream.finish(*numbers)
             return stream.tokens
 
@@ -93,6 +98,76 @@ async def test_spread_experts_say_what_one_rank_says(start: StartEngine, plan: d
         assert stream.tokens[0] == expected[0]
     assert await _generate(addresses) == expected
     spread.stop()
+
+
+def _random_placements(random: Random, num_ranks: int) -> list[tuple[int, tuple[tuple[int, ...], ...]]]:
+    """For one or both layers with experts, each with redundant ones of its own."""
+    found = []
+    for layer in random.sample(EXPERT_LAYERS, random.choice((1, 2))):
+        loads = [random.expovariate(1.0) for _ in range(NUM_EXPERTS)]
+        placement = balanced(loads, num_ranks, redundant=random.choice((0, 4, 8)))
+        slots = list(placement.slots)
+        random.shuffle(slots)
+        found.append((layer, tuple(tuple(random.sample(held, len(held))) for held in slots)))
+    return found
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [{"data": 2, "redundant_experts": 2}, {"data": 4}, {"data": 2, "tensor": 2}],
+    ids=["dp 2", "dp 4", "dp 2 tp 2"],
+)
+async def test_experts_move_while_tokens_stream(start: StartEngine, plan: dict[str, int]) -> None:
+    engine = start(**plan)
+    addresses = engine.start()
+    expected = await _generate(addresses, 120)
+    counted = engine.ranks[0].call("expert_loads")
+    assert sum(counted["counts"][0]) > 0
+    assert counted["layers"] == EXPERT_LAYERS
+    random = Random(7)
+    busy = asyncio.create_task(_generate(addresses, 120))
+    epoch = num_under_way = 0
+    placements: dict[int, Any] = dict(zip(counted["layers"], counted["slots"], strict=True))
+    while not busy.done() or epoch < 3:
+        epoch += 1
+        wanted = _random_placements(random, len(engine.ranks))
+        await asyncio.to_thread(engine.on_all, "stage_experts", epoch, wanted)
+        assert engine.ranks[-1].call("expert_loads")["epoch"] == epoch - 1
+        await asyncio.to_thread(engine.on_all, "switch_experts", epoch, 10.0)
+        num_under_way += not busy.done()
+        placements |= {layer: [list(held) for held in slots] for layer, slots in wanted}
+    assert num_under_way >= 2
+    assert await busy == expected
+    assert await _generate(addresses, 120) == expected
+    for rank in engine.ranks:
+        loads = rank.call("expert_loads")
+        assert loads["epoch"] == epoch
+        assert loads["slots"] == [placements[layer] for layer in EXPERT_LAYERS]
+    engine.stop()
+
+
+async def test_experts_do_not_move_before_all_ranks_are_ready(start: StartEngine) -> None:
+    engine = start(data=2)
+    addresses = engine.start()
+    expected = await _generate(addresses)
+    layer, slots = 1, [[0, 2, 4, 6], [1, 3, 5, 7]]
+    engine.on_all("stage_experts", 1, [(layer, slots)])
+    with pytest.raises(RuntimeError, match="did not agree"):
+        await asyncio.to_thread(engine.ranks[0].call, "switch_experts", 1, 0.2)
+    assert await _generate(addresses) == expected
+    assert [rank.call("expert_loads")["epoch"] for rank in engine.ranks] == [0, 0]
+    engine.on_all("switch_experts", 1, 10.0)
+    assert [rank.call("expert_loads")["slots"][0] for rank in engine.ranks] == [slots, slots]
+    assert await _generate(addresses) == expected
+    with pytest.raises(RuntimeError, match="not new"):
+        engine.ranks[0].call("stage_experts", 1, [(layer, slots)])
+    with pytest.raises(RuntimeError, match="layer 0 has no routed experts"):
+        engine.ranks[0].call("stage_experts", 2, [(0, slots)])
+    with pytest.raises(RuntimeError, match="of 8 experts on 2 ranks"):
+        engine.ranks[0].call("stage_experts", 2, [(layer, [[0, 1, 2], [3, 4, 5]])])
+    with pytest.raises(RuntimeError, match="not staged"):
+        engine.ranks[0].call("switch_experts", 2, 1.0)
+    engine.stop()
 
 
 async def test_an_idle_engine_does_nothing(start: StartEngine) -> None:

@@ -42,7 +42,7 @@ class DecoderLayer:
 
 
 class Decoder:
-    """A whole model, or one tensor rank's part of it."""
+    """A whole model, or one tensor rank's part of it. `mixtures` are its layers with routed experts, by number."""
 
     def __init__(
         self, *, embedding: Embedding, layers: Sequence[DecoderLayer], norm: Norm, head: Head, rotary: RotaryTable
@@ -52,7 +52,7 @@ class Decoder:
         self._norm = norm
         self._head = head
         self._rotary = rotary
-        self._mixtures = tuple(layer.mlp for layer in layers if isinstance(layer.mlp, MoE))
+        self.mixtures = {number: layer.mlp for number, layer in enumerate(layers) if isinstance(layer.mlp, MoE)}
 
     @property
     def cache_rows(self) -> list[int]:
@@ -61,7 +61,7 @@ class Decoder:
 
     def record_routing(self, recorder: RoutingRecorder | None) -> None:
         """Tells `recorder` of every expert choice from the next step on; None stops that."""
-        for mixture in self._mixtures:
+        for mixture in self.mixtures.values():
             mixture.recorder = recorder
 
     def forward(self, step: StepTensors, cache: KVCache) -> torch.Tensor | None:
@@ -80,5 +80,5 @@ class Decoder:
 
     def keep_step(self, nothing: torch.Tensor) -> None:
         """Serves the experts that live here while other ranks have tokens and this one has none."""
-        for mixture in self._mixtures:
+        for mixture in self.mixtures.values():
             mixture.keep_step(nothing)

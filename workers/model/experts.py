@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from workers.kernels.seam import GatedLinear, Kernels, Linear
 from workers.parallel.dispatch import ExpertRows
 
-__all__ = ["Experts", "tiles"]
+__all__ = ["Expert", "Experts", "tiles"]
+
+# What a slot holds: gate and up in one, and down.
+Expert = tuple[GatedLinear, Linear]
 
 # A matrix library prepares each number of rows once, which takes longer than the product itself. So an expert's rows
 # are run in tiles of these sizes.
@@ -23,11 +28,21 @@ class Experts:
 
     def __init__(self, num_slots: int, kernels: Kernels) -> None:
         self._kernels = kernels
-        self._slots: list[tuple[GatedLinear, Linear] | None] = [None] * num_slots
+        self._slots: list[Expert | None] = [None] * num_slots
 
     def put(self, slot: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         """Fills a slot, or replaces what is in it; `gate_up` [2 * inner, hidden] holds gate above up."""
-        self._slots[slot] = (self._kernels.gated_linear(gate_up, None), self._kernels.linear(down, None))
+        self._slots[slot] = self.build(gate_up, down)
+
+    def build(self, gate_up: torch.Tensor, down: torch.Tensor) -> Expert:
+        """An expert that no slot holds yet."""
+        return self._kernels.gated_linear(gate_up, None), self._kernels.linear(down, None)
+
+    def rearranged(self, slots: Sequence[int | Expert]) -> Experts:
+        """Other slots: each holds what one of these holds, by its number, or an expert built for it."""
+        new = Experts(len(slots), self._kernels)
+        new._slots = [self._slots[slot] if isinstance(slot, int) else slot for slot in slots]
+        return new
 
     def __call__(self, rows: ExpertRows) -> torch.Tensor:
         """Each row through its own expert; [R, hidden] in the rows' order. Experts without rows are not touched."""

@@ -38,6 +38,14 @@ class Gate:
         self._correction_bias = correction_bias
         self._kernels = kernels
 
+    @property
+    def num_experts(self) -> int:
+        return self._rule.num_experts
+
+    @property
+    def device(self) -> torch.device:
+        return self._weight.device
+
     def __call__(self, x: torch.Tensor) -> Routing:
         return Routing(*self._kernels.by_rows(self._choose, x))
 
@@ -62,10 +70,22 @@ class MoE:
     """One layer's block: `x + routed(norm(x)) + shared(norm(x))`.
 
     What `dispatch` combines and what the shared experts give are this rank's parts; over the tensor axis they are
-    summed once, together. `recorder` may be set at any time between steps.
+    summed once, together. `recorder` may be set at any time between steps. `counts` [num_experts] rises with every
+    token of this rank that an expert is chosen for.
     """
 
-    __slots__ = ("_dispatch", "_experts", "_gate", "_layer", "_norm", "_shared", "_tensor", "recorder")
+    __slots__ = (
+        "_dispatch",
+        "_experts",
+        "_gate",
+        "_layer",
+        "_norm",
+        "_one",
+        "_shared",
+        "_tensor",
+        "counts",
+        "recorder",
+    )
 
     def __init__(
         self,
@@ -86,10 +106,26 @@ class MoE:
         self._shared = shared
         self._tensor = tensor
         self.recorder: RoutingRecorder | None = None
+        self.counts = torch.zeros(gate.num_experts, dtype=torch.int64, device=gate.device)
+        self._one = torch.ones(1, dtype=torch.int64, device=gate.device)
+
+    @property
+    def dispatch(self) -> Dispatch[Any]:
+        return self._dispatch
+
+    @property
+    def experts(self) -> Experts:
+        return self._experts
+
+    def relocate(self, dispatch: Dispatch[Any], experts: Experts) -> None:
+        """Other experts live here from the next step on. Between steps only, and on all ranks of the stage."""
+        self._dispatch, self._experts = dispatch, experts
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         h = self._norm(x)
         routing = self._gate(h)
+        chosen = routing.expert_ids.flatten()
+        self.counts.scatter_add_(0, chosen, self._one.expand_as(chosen))
         if self.recorder is not None:
             self.recorder.record(self._layer, routing)
         rows, handle = self._dispatch.dispatch(h, routing)

@@ -12,7 +12,7 @@ from workers.model.parameters import Parameter, Piece, columns, matrix, stack, v
 from workers.model.shard import Shard
 from workers.parallel.plan import ParallelPlan
 
-__all__ = ["moe_parameters", "place_experts"]
+__all__ = ["expert_parameters", "moe_parameters", "place_experts"]
 
 
 def place_experts(num_experts: int, plan: ParallelPlan) -> ExpertPlacement:
@@ -49,13 +49,17 @@ def moe_parameters(shard: Shard, ours: str, theirs: str) -> Iterator[Parameter]:
         tensor = f"{module}.gate.e_score_correction_bias"
         yield vector(f"{ours}.gate.bias", tensor, num_experts, full_precision=True)
     for slot, expert in enumerate(shard.experts):
-        experts = _fused_expert if shard.fused_experts else _expert
-        yield from experts(shard, f"{ours}.experts.{slot}", f"{module}.experts", expert)
+        yield from expert_parameters(shard, f"{ours}.experts.{slot}", f"{module}.experts", expert)
     if moe.shared_size:
         shared, part = f"{module}.shared_experts", shard.part(moe.shared_size)
         outputs = [(f"{shared}.{name}", moe.shared_size, part) for name in ("gate_proj", "up_proj")]
         yield stack(f"{ours}.shared.gate_up.weight", outputs, hidden)
         yield columns(f"{ours}.shared.down.weight", f"{shared}.down_proj", hidden, moe.shared_size, part)
+
+
+def expert_parameters(shard: Shard, ours: str, theirs: str, expert: int) -> Iterator[Parameter]:
+    """One routed expert's `gate_up.weight` and `down.weight`, under the name `ours`."""
+    return (_fused_expert if shard.fused_experts else _expert)(shard, ours, theirs, expert)
 
 
 def _expert(shard: Shard, ours: str, module: str, expert: int) -> Iterator[Parameter]:

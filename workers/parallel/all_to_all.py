@@ -51,6 +51,8 @@ class AllToAllDispatch:
         assert exchange.size == placement.num_ranks
         self._exchange = exchange
         self._part = part
+        self._device = device
+        self.placement = placement
         self._slots = placement.slots_per_rank
         self._ours = len(placement.slots[exchange.index])
         replicas = placement.replicas()
@@ -59,6 +61,15 @@ class AllToAllDispatch:
         padded = [[*physical, *physical[:1] * (most - len(physical))] for physical in replicas]
         self._physical = torch.tensor(padded, device=device)
         self._slot_of_count = torch.arange(self._slots, device=device).repeat(exchange.size)
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The experts of this rank's slots."""
+        return self.placement.slots[self._exchange.index]
+
+    def relocated(self, placement: ExpertPlacement) -> AllToAllDispatch:
+        """The same exchange for experts that live elsewhere."""
+        return AllToAllDispatch(self._exchange, placement, part=self._part, device=self._device)
 
     @property
     def kind(self) -> str:

@@ -5,6 +5,8 @@ any, all run the step, those without work too; if nobody does, all sleep. The me
 wakes the sleepers: there is nothing to poll, and an idle engine sends nothing.
 
     ran = pulse.beat(num_tokens)      one beat; whether there is a step to run
+    pulse.offer(epoch)                this group is ready for that placement of the experts, from any thread
+    pulse.agreed                      the epoch that every group offered to the last beat: all switch before its step
     pulse.pending                     whether a beat must follow even without work of one's own
 """
 
@@ -20,7 +22,7 @@ from collections.abc import Callable, Mapping
 
 __all__ = ["Pulse"]
 
-_BEAT = struct.Struct("!QQI")  # generation, beat, tokens
+_BEAT = struct.Struct("!QQIQ")  # generation, beat, tokens, epoch offered
 _LOOK_S = 0.25
 
 
@@ -46,9 +48,12 @@ class Pulse:
         self._on_wake = on_wake
         self._on_gone = on_gone
         self._changed = threading.Condition()
-        self._heard: dict[int, deque[tuple[int, int]]] = {rank: deque() for rank in peers}
+        self._heard: dict[int, deque[tuple[int, int, int]]] = {rank: deque() for rank in peers}
         self._beat = 0
         self._ran = False
+        self._offer = 0
+        self._untold = False  # an offer that no beat has carried
+        self.agreed = 0
         self._tokens: dict[int, int] = dict.fromkeys(peers, 0)
         self._reason: str | None = None
         self._closed = False
@@ -56,8 +61,8 @@ class Pulse:
 
     @property
     def pending(self) -> bool:
-        """Whether the last beat ran a step, or another group has begun the next one."""
-        return self._ran or any(self._heard.values())
+        """Whether the last beat ran a step, another group has begun the next one, or they must hear of an offer."""
+        return self._ran or self._untold or any(self._heard.values())
 
     @property
     def tokens(self) -> Mapping[int, int]:
@@ -67,10 +72,18 @@ class Pulse:
     def start(self) -> None:
         self._thread.start()
 
+    def offer(self, epoch: int) -> None:
+        """Says in every beat from now on that this group can switch to `epoch`, until all do. From any thread."""
+        with self._changed:
+            self._offer, self._untold = epoch, True
+        self._on_wake()
+
     def beat(self, num_tokens: int) -> bool:
         """Exchanges token counts with every group; True where any brings some. Raises RuntimeError."""
         self._beat += 1
-        message = _BEAT.pack(self._generation, self._beat, num_tokens)
+        with self._changed:
+            offer, self._untold = self._offer, False
+        message = _BEAT.pack(self._generation, self._beat, num_tokens, offer)
         for rank, peer in self._peers.items():
             try:
                 peer.sendall(message)
@@ -81,9 +94,14 @@ class Pulse:
             silent = [rank for rank, heard in self._heard.items() if not heard]
             if silent:
                 raise RuntimeError(self._reason or f"ranks {silent} missed a beat for {self._timeout_s:g} s")
+            offers = {offer}
             for rank, heard in self._heard.items():
-                beat, self._tokens[rank] = heard.popleft()
+                beat, self._tokens[rank], theirs = heard.popleft()
                 assert beat == self._beat, f"rank {rank} is at beat {beat}, this one at {self._beat}"
+                offers.add(theirs)
+            self.agreed = offer if len(offers) == 1 else 0
+            if self.agreed == self._offer:
+                self._offer = 0
         self._ran = num_tokens > 0 or any(self._tokens.values())
         return self._ran
 
@@ -117,13 +135,13 @@ class Pulse:
             return
         unread += data
         while len(unread) >= _BEAT.size:
-            generation, beat, num_tokens = _BEAT.unpack_from(unread)
+            generation, beat, num_tokens, epoch = _BEAT.unpack_from(unread)
             del unread[: _BEAT.size]
             if generation != self._generation:
                 self._fail(f"rank {rank} is of generation {generation}, not {self._generation}")
                 return
             with self._changed:
-                self._heard[rank].append((beat, num_tokens))
+                self._heard[rank].append((beat, num_tokens, epoch))
                 self._changed.notify_all()
         self._on_wake()
 

@@ -418,12 +418,15 @@ class StepPlan(_message.Message):
     NUM_LOGITS_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    EXPERT_EPOCH_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     step: _builtins.int
     stop: _builtins.bool
     """leave the loop"""
     traceparent: _builtins.str
     """of a traced sequence in this step, if any"""
+    expert_epoch: _builtins.int
+    """no step: experts move to the placement that was staged under this number"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """of all sequences, concatenated"""
@@ -461,10 +464,11 @@ class StepPlan(_message.Message):
         num_logits: _abc.Iterable[_builtins.int] | None = ...,
         stop: _builtins.bool = ...,
         traceparent: _builtins.str = ...,
+        expert_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "generation", b"generation", "num_blocks", b"num_blocks", "num_computed", b"num_computed", "num_logits", b"num_logits", "num_tokens", b"num_tokens", "step", b"step", "stop", b"stop", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "expert_epoch", b"expert_epoch", "generation", b"generation", "num_blocks", b"num_blocks", "num_computed", b"num_computed", "num_logits", b"num_logits", "num_tokens", b"num_tokens", "step", b"step", "stop", b"stop", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

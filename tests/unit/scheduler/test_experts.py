@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.experts import ExpertPlacement, balanced, contiguous, imbalance, rank_loads
+from scheduler.experts import (
+    ExpertPlacement,
+    balanced,
+    contiguous,
+    imbalance,
+    rank_loads,
+    settled,
+    step_imbalance,
+)
 
 
 @given(
@@ -65,3 +75,27 @@ def test_a_wrong_placement_is_refused(slots: tuple[tuple[int, ...], ...], word: 
 def test_what_cannot_be_spread_is_refused(ranks: int, redundant: int, hosts: int) -> None:
     with pytest.raises(ValueError, match=r"experts|hosts"):
         balanced([1.0] * 8, ranks, redundant=redundant, num_hosts=hosts)
+
+
+@given(st.randoms(use_true_random=False), st.sampled_from([(4, 1), (4, 2), (8, 4)]))
+@settings(deadline=None, max_examples=100)
+def test_settling_moves_few_and_keeps_the_balance(random: random.Random, shape: tuple[int, int]) -> None:
+    ranks, hosts = shape
+    loads = [random.expovariate(1.0) for _ in range(24)]
+    current = balanced([random.expovariate(1.0) for _ in range(24)], ranks, redundant=8, num_hosts=hosts)
+    wanted = balanced(loads, ranks, redundant=8, num_hosts=hosts)
+    found = settled(wanted, current, num_hosts=hosts)
+    per_host = ranks // hosts
+    for start in range(0, ranks, per_host):
+        host = slice(start, start + per_host)
+        assert sorted(map(sorted, found.slots[host])) == sorted(map(sorted, wanted.slots[host]))
+    for new, old in zip(found.slots, current.slots, strict=True):
+        stay = set(new) & set(old)
+        assert [e for e in new if e in stay and new.index(e) == old.index(e)] == [e for e in new if e in stay]
+    assert settled(current, current, num_hosts=hosts) == current
+
+
+def test_a_step_waits_for_the_most_loaded_rank_of_every_layer() -> None:
+    assert step_imbalance([[3.0, 1.0], [1.0, 3.0]]) == 1.5
+    assert imbalance([4.0, 4.0]) == 1.0
+    assert step_imbalance([[0.0, 0.0]]) == 1.0
