@@ -46,7 +46,7 @@ def silu(x: torch.Tensor) -> torch.Tensor:
         return F.silu(x)
     flat = x.reshape(-1)
     padded = F.pad(flat, (0, -len(flat) % _VECTOR))
-    return torch.cat([F.silu(piece) for piece in padded.split(_PIECE)])[: len(flat)].view(x.shape)
+    return torch.cat([F.silu(piece) for piece in torch.split(padded, _PIECE)])[: len(flat)].view(x.shape)
 
 
 class _TiledLinear:
@@ -107,7 +107,7 @@ class DeterministicKernels(ReferenceKernels):
         return _in_tiles(lambda tile: torch.bmm(tile.transpose(0, 1), weight).transpose(0, 1), x)
 
     def by_rows(self, act: Callable[[torch.Tensor], Sequence[torch.Tensor]], x: torch.Tensor) -> Sequence[torch.Tensor]:
-        parts = [[part[: len(tile)] for part in act(_pad(tile, _VECTOR))] for tile in x.split(_VECTOR)]
+        parts = [[part[: len(tile)] for part in act(_pad(tile, _VECTOR))] for tile in torch.split(x, _VECTOR)]
         return parts[0] if len(parts) == 1 else [torch.cat(same) for same in zip(*parts, strict=True)]
 
     def rotate_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -181,7 +181,7 @@ def _pad(tile: torch.Tensor, rows: int = ROWS) -> torch.Tensor:
 
 def _in_tiles(act: Callable[..., torch.Tensor], *operands: torch.Tensor) -> torch.Tensor:
     """`act` on tiles of the operands' rows, which it may overwrite in all but the first."""
-    tiles = zip(*(operand.split(ROWS) for operand in operands), strict=True)
+    tiles = zip(*(torch.split(operand, ROWS) for operand in operands), strict=True)
     parts = [act(*map(_pad, tile))[: len(tile[0])] for tile in tiles]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
