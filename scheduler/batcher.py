@@ -20,6 +20,7 @@ from itertools import count
 
 from scheduler.deadlines import Deadlines
 from scheduler.draft import Draft, Flight
+from scheduler.fairness import FairQueue
 from scheduler.gate import Gate, Refusal
 from scheduler.intake import ended_on_arrival, max_output_tokens
 from scheduler.integrity import check_running, check_waiting
@@ -31,7 +32,7 @@ from scheduler.settings import BatcherLoad, BatcherSettings
 from scheduler.stopping import finish_of
 from scheduler.tables import BlockTables
 from scheduler.turns import turns
-from scheduler.waiting import OrderedQueue, WaitingQueue
+from scheduler.waiting import Ledger, OrderedQueue, WaitingQueue
 
 __all__ = ["Batcher", "BatcherLoad", "BatcherSettings"]
 
@@ -54,7 +55,8 @@ class Batcher:
         self._clock = clock
         self._order = ORDERS[settings.order] if order is None else order
         self._tables = BlockTables(settings, prefix_key=prefix_key)
-        self._waiting: WaitingQueue = OrderedQueue() if queue is None else queue
+        self._waiting = _queue_of(settings) if queue is None else queue
+        self._ledger = self._waiting if isinstance(self._waiting, Ledger) else None
         self._running: list[Sequence] = []  # sorted by `order`
         self._gate = Gate(settings, self._tables, self._waiting, self._running)
         self._open: dict[str, Sequence] = {}
@@ -84,6 +86,10 @@ class Batcher:
             order=(*self._order(request), next(self._tickets)),
             max_output_tokens=max_output_tokens(self.settings, request),
         )
+        reason = None if self._ledger is None else self._ledger.refusal(sequence)
+        if reason is not None:
+            self._report(sequence, FinishReason.REFUSED, reason)
+            return
         self._open[request.key] = sequence
         self._waiting.push(sequence)
         self._deadlines.open(sequence)
@@ -154,6 +160,9 @@ class Batcher:
         now_s = self._clock()
         self._step_s = now_s - flight.scheduled_s if step_s is None else step_s
         self._gate.observe_step(flight.num_tokens, len(flight.sequences), self._step_s)
+        if self._ledger is not None:
+            parts = zip(flight.sequences, plan.sequences, strict=True)
+            self._ledger.served(sequence for sequence, part in parts if part.samples)
         events: list[Event] = []
         for sequence, made in zip(flight.sequences, result.sequences, strict=True):
             if sequence.state is State.ENDING:
@@ -249,7 +258,7 @@ class Batcher:
         assert victim.num_scheduled == 0
         self._running.pop()
         victim.apply(Trigger.PREEMPT)
-        self._tables.leave(victim)
+        self._leave(victim)
         victim.num_computed = 0
         victim.was_preempted = True
         self._num_preemptions += 1
@@ -264,8 +273,6 @@ class Batcher:
         for sequence, to_leave in turns(prefills, num_tokens):
             chunk_tokens = draft.room_for(sequence, to_leave)
             if chunk_tokens and self._tables.claim(sequence, draft.computing):
-                if sequence.first_scheduled_s is None:
-                    sequence.first_scheduled_s = now_s
                 draft.add(sequence, chunk_tokens)
 
     def _admit(self, prefills: list[Sequence], num_tokens: int, now_s: float) -> None:
@@ -290,7 +297,11 @@ class Batcher:
             self._waiting.remove(sequence)
             sequence.apply(Trigger.ADMIT)
             self._deadlines.admitted(sequence)
+            if sequence.admitted_s is None:
+                sequence.admitted_s = now_s
             self._tables.enter(sequence)
+            if self._ledger is not None:
+                self._ledger.admitted(sequence, 0 if sequence.was_preempted else sequence.num_remaining)
             insort(self._running, sequence, key=_order_of)
             prefills.append(sequence)
             num_wanted += sequence.num_remaining
@@ -318,7 +329,8 @@ class Batcher:
         )
         if finish is not None:
             sequence.apply(Trigger.END)
-            self._close(sequence)
+            self._leave(sequence)
+            self._forget(sequence)
             self._gate.observe_end(sequence)
         return sequence.token_event(token_id, position, made.logprobs, finish, now_s)
 
@@ -332,10 +344,16 @@ class Batcher:
         else:
             if sequence.state is State.RUNNING:
                 self._running.remove(sequence)
+                self._leave(sequence)
             else:
                 self._waiting.remove(sequence)
             sequence.apply(Trigger.END)
-            self._close(sequence)
+            self._forget(sequence)
+        self._report(sequence, finish, error, retry_after_s)
+
+    def _report(
+        self, sequence: Sequence, finish: FinishReason, error: str = "", retry_after_s: float | None = None
+    ) -> None:
         self._events.append(
             Event(
                 key=sequence.request.key,
@@ -349,9 +367,11 @@ class Batcher:
     def _refuse(self, sequence: Sequence, refusal: Refusal) -> None:
         self._end(sequence, FinishReason.REFUSED, refusal.reason, refusal.retry_after_s)
 
-    def _close(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: Sequence) -> None:
+        """Take everything from a sequence that ran."""
         self._tables.leave(sequence)
-        self._forget(sequence)
+        if self._ledger is not None:
+            self._ledger.left(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
         del self._open[sequence.request.key]
@@ -361,11 +381,17 @@ class Batcher:
         """Free what a sequence that ended in flight still held."""
         sequence.num_scheduled = 0
         sequence.apply(Trigger.LAND)
-        self._tables.leave(sequence)
+        self._leave(sequence)
 
     def _drop_finished(self) -> None:
         if any(sequence.state is State.FINISHED for sequence in self._running):
             self._running[:] = [sequence for sequence in self._running if sequence.state is not State.FINISHED]
+
+
+def _queue_of(settings: BatcherSettings) -> WaitingQueue:
+    if settings.fairness is None:
+        return OrderedQueue()
+    return FairQueue(settings.fairness, block_size=settings.block_size)
 
 
 def _order_of(sequence: Sequence) -> OrderKey:

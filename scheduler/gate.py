@@ -93,12 +93,11 @@ class Gate:
         max_tokens = self._settings.max_batch_tokens
         num_prefill_tokens = num_ends_needed = 0
         if not alone:
-            ahead = [other for other in self._waiting if other.order < sequence.order]
+            num_ahead, num_prefill_tokens = self._waiting.ahead_of(sequence)
             prefills = [other for other in self._running if other.num_remaining > 1]
-            num_prefill_tokens = sum(len(other.token_ids) for other in ahead)
             num_prefill_tokens += sum(other.num_remaining for other in prefills)
             num_free_slots = 0 if self.head_lacks_blocks else self._settings.max_running - len(self._running)
-            num_ends_needed = max(0, len(ahead) + 1 - num_free_slots)
+            num_ends_needed = max(0, num_ahead + 1 - num_free_slots)
         backlog = Backlog(
             num_running=min(len(self._running), self._settings.max_running - 1),
             num_prefill_tokens=num_prefill_tokens,

@@ -111,8 +111,8 @@ class Event:
     """Something a sequence's owner must hear: a new token, an end, or both.
 
     `position` is the output position of `token_id`, or the number of output tokens where there is none.
-    `queue_s` and `prefill_s` come with the first token. `retry_after_s` is a hint for what was refused for a reason
-    that passes.
+    `queue_s` (to the admission) and `prefill_s` (from there) come with the first token. `retry_after_s` is a hint for
+    what was refused for a reason that passes.
     """
 
     key: str

@@ -73,7 +73,7 @@ class Sequence:
     was_preempted: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_cached_tokens: int = 0
-    first_scheduled_s: float | None = None
+    admitted_s: float | None = None
     first_token_sent: bool = False
 
     @classmethod
@@ -148,7 +148,7 @@ class Sequence:
                 finish=finish,
                 stop_token_id=stop_token_id,
             )
-        assert self.first_scheduled_s is not None
+        assert self.admitted_s is not None
         self.first_token_sent = True
         prompt_logprobs = tuple(self.prompt_logprobs)
         self.prompt_logprobs.clear()
@@ -161,6 +161,6 @@ class Sequence:
             finish=finish,
             stop_token_id=stop_token_id,
             num_cached_tokens=self.num_cached_tokens,
-            queue_s=self.first_scheduled_s - self.request.arrival_s,
-            prefill_s=now_s - self.first_scheduled_s,
+            queue_s=self.admitted_s - self.request.arrival_s,
+            prefill_s=now_s - self.admitted_s,
         )

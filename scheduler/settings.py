@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scheduler.policy import ORDERS
+from scheduler.tenants import FairnessSettings
 
 __all__ = ["BatcherLoad", "BatcherSettings"]
 
@@ -38,7 +39,7 @@ class BatcherSettings:
     `order` is one of scheduler.policy.ORDERS. The queue holds at most `max_waiting` requests and `max_waiting_tokens`
     tokens (0: any number), each for at most `max_queue_s` (0: as long as it takes). With `refuse_late`, a request that
     would not be finished by its deadline is refused as soon as that can be told; with `preempt_lower`, one of a lower
-    class gives way to one that finds no room.
+    class gives way to one that finds no room. With `fairness`, tenants of one class share the group by their weights.
     """
 
     max_batch_size: int
@@ -59,6 +60,7 @@ class BatcherSettings:
     max_queue_s: float = 0.0
     refuse_late: bool = False
     preempt_lower: bool = False
+    fairness: FairnessSettings | None = None
 
     def __post_init__(self) -> None:
         for name in _COUNTS:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from typing import Protocol, runtime_checkable
 
 from scheduler.heap import RemovableHeap
 from scheduler.sequence import Sequence
 
-__all__ = ["OrderedQueue", "WaitingQueue"]
+__all__ = ["Ledger", "OrderedQueue", "WaitingQueue"]
 
 
 class WaitingQueue(Protocol):
-    """Waiting and preempted sequences. Another implementation may share the batch fairly among tenants.
+    """Waiting and preempted sequences.
 
-    `peek` names the sequence to admit next and keeps naming it until it is removed or something is pushed: a large
-    sequence that must wait for blocks is not overtaken for ever by small ones.
+    `peek` names the sequence to admit next. One that must wait for blocks is not overtaken for ever by small ones:
+    whatever the order is, each member comes to stand first, and stays there while nothing more urgent is pushed. It is
+    None where none is left that may run beside what runs already.
     """
 
     def push(self, sequence: Sequence) -> None: ...
@@ -23,6 +24,10 @@ class WaitingQueue(Protocol):
     def peek(self) -> Sequence | None: ...
 
     def remove(self, sequence: Sequence) -> None: ...
+
+    def ahead_of(self, sequence: Sequence) -> tuple[int, int]:
+        """How many members are expected to go before this one, and how many tokens they are."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -32,6 +37,19 @@ class WaitingQueue(Protocol):
     def num_tokens(self) -> int:
         """Tokens to prefill."""
         ...
+
+
+@runtime_checkable
+class Ledger(Protocol):
+    """A queue that keeps account of what its members get once they run."""
+
+    def refusal(self, sequence: Sequence) -> str | None: ...
+
+    def admitted(self, sequence: Sequence, num_tokens: int) -> None: ...
+
+    def served(self, sequences: Iterable[Sequence]) -> None: ...
+
+    def left(self, sequence: Sequence) -> None: ...
 
 
 class OrderedQueue:
@@ -63,3 +81,7 @@ class OrderedQueue:
         removed = self._heap.discard(sequence)
         assert removed, f"{sequence.request.key} is not in the queue"
         self._num_tokens -= len(sequence.token_ids)
+
+    def ahead_of(self, sequence: Sequence) -> tuple[int, int]:
+        lengths = [len(other.token_ids) for other in self._heap if other.order < sequence.order]
+        return len(lengths), sum(lengths)

@@ -125,6 +125,9 @@ class LastInFirstOut:
     def remove(self, sequence: Sequence) -> None:
         self._sequences.remove(sequence)
 
+    def ahead_of(self, sequence: Sequence) -> tuple[int, int]:
+        return 0, 0
+
 
 def test_another_queue_can_be_given() -> None:
     bench = Bench(settings(max_batch_size=1, num_blocks=8), queue=LastInFirstOut())

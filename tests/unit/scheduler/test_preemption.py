@@ -54,7 +54,7 @@ def test_a_crowd_in_a_tiny_pool_is_served_in_the_end() -> None:
     bench.check_end()
 
 
-def test_a_preempted_sequence_has_waited_only_until_it_was_first_scheduled() -> None:
+def test_a_preempted_sequence_has_waited_only_until_it_was_first_admitted() -> None:
     bench = Bench(settings(num_blocks=7, max_batch_tokens=2))
     bench.submit(request("a", 3, max_tokens=20))
     bench.step()

@@ -13,10 +13,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from scheduler.plan import FinishReason
 from scheduler.policy import ORDERS
 from scheduler.request import Request
+from scheduler.tenants import FairnessSettings, TenantLimits
 from tests.unit.scheduler.harness import VOCAB_SIZE, Bench, expected_output, request
 from tests.unit.scheduler.harness import settings as limits
 
 TOKENS = st.integers(0, VOCAB_SIZE - 1)
+BOUNDED = TenantLimits(weight=2.0, max_requests=3, max_queued_tokens=30, max_blocks=4)
 BEGINNINGS: tuple[list[int], ...] = ([], [7] * 9, list(range(14)), list(range(8)))
 
 
@@ -63,6 +65,7 @@ class Trace(RuleBasedStateMachine):
         max_queue_s=st.sampled_from([0.0, 4.0]),
         refuse_late=st.booleans(),
         preempt_lower=st.booleans(),
+        fairness=st.sampled_from([None, FairnessSettings(), FairnessSettings(tenants={"t": BOUNDED})]),
     )
     def start(self, **changes: Any) -> None:
         self.bench = Bench(limits(**changes))
