@@ -36,11 +36,12 @@ def choose_experts(logits: torch.Tensor, rule: GateRule, correction_bias: torch.
 
 def _mask_weak_groups(ranked: torch.Tensor, rule: GateRule) -> torch.Tensor:
     """`ranked` with the experts of every group but the best `groups_kept` put out of reach."""
-    grouped = ranked.unflatten(-1, (rule.num_groups, -1))
+    num_tokens, num_experts = ranked.shape
+    grouped = ranked.view(num_tokens, rule.num_groups, num_experts // rule.num_groups)
     if rule.sigmoid:
         group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
     else:
         group_scores = grouped.amax(dim=-1)
     kept = group_scores.topk(rule.groups_kept, dim=-1, sorted=False).indices
     weak = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
-    return grouped.masked_fill(weak.unsqueeze(-1), float("-inf")).flatten(1)
+    return grouped.masked_fill(weak.unsqueeze(-1), float("-inf")).view(num_tokens, num_experts)

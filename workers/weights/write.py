@@ -51,7 +51,7 @@ def write_checkpoint(
     """Writes `specs` in their order, in one file or in several with an index; `make` gives the values of one."""
     files = _split(specs, max_file_bytes)
     total = sum(spec.size_bytes for spec in specs)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(files, start=1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
         _write_file(folder / name, part, make)

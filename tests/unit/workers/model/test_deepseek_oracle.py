@@ -54,7 +54,7 @@ def _yarn(factor: float, mscale: float, mscale_all_dim: float, theta: float = 10
     }
 
 
-_V2_LITE = {"q_lora_rank": None, "n_shared_experts": 2, "rope_parameters": _yarn(40.0, 0.707, 0.707)}
+_V2_LITE: dict[str, object] = {"q_lora_rank": None, "n_shared_experts": 2, "rope_parameters": _yarn(40.0, 0.707, 0.707)}
 
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "V2-Lite: no query latent, greedy": ("DeepseekV2Config", _V2_LITE),
@@ -158,7 +158,7 @@ def test_a_whole_prompt_and_its_experts(checkpoint: tuple[Path, Any], ranks: Ran
     assert sorted(recorder.chosen) == sorted(expected)
     for layer, (chosen,) in recorder.chosen.items():
         assert torch.equal(chosen, expected[layer])
-        assert len(chosen.unique(dim=0)) > 10, "a gate that always chooses the same proves nothing"
+        assert len(set(map(tuple, chosen.tolist()))) > 10, "a gate that always chooses the same proves nothing"
 
 
 def test_odd_chunks_then_decode(checkpoint: tuple[Path, Any], ranks: Ranks) -> None:
