@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.nn import functional as F
 
 from workers.kernels.reference import ReferenceKernels
 from workers.kernels.seam import GatedLinear, Linear, Norm
@@ -21,6 +22,7 @@ _linear_binary = torch.ops.mkldnn._linear_pointwise.binary
 # oneDNN chooses the blocking for a number of rows; this one is good for 1 to 1024 (README.md).
 _ROWS_HINT = 16
 _FEW_ROWS = 16
+_FEW_QUERIES = 8
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -109,6 +111,22 @@ class PackedKernels(ReferenceKernels):
 
     def rms_norm(self, weight: torch.Tensor, epsilon: float) -> Norm:
         return _Norm(weight, epsilon)
+
+    def attend_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        if torch.get_num_threads() > 1 or q.shape[2] > _FEW_QUERIES:
+            return super().attend_decode(q, k, v, mask, scale)
+        # One thread does better with a call per query head where few share their keys, several threads with the
+        # reference's larger pieces (README.md).
+        heads = q.reshape(len(q), -1, 1, q.shape[3])
+        out = F.scaled_dot_product_attention(heads, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        return out.reshape(len(q), -1)
 
     def gated_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> GatedLinear:
         return _PackedGatedLinear(weight, bias)

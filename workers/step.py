@@ -1,0 +1,173 @@
+"""A step as the model reads it: index tensors, with the rows in an order that suits the model.
+
+Sequences with one token come first, shortest context first, so that those of about one length can be attended to
+together; then the chunks of prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from workers.inputs import Ints, StepInputs
+from workers.windows import Windows
+
+__all__ = ["DecodeGroup", "PrefillChunk", "StepTensors", "build_tensors"]
+
+# Padding a group of decoding sequences to one length may read this many slots more than needed, and a quarter more.
+_SPARE_SLOTS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Sequences with one token each in rows `start` to `stop`, their contexts side by side in a window.
+
+    A window has as many slots for each sequence, of which the first `context` may count. It is read anew from
+    `block_ids` [sequences * blocks] and kept for later steps if `keep`; or, where that is None, it is the one that was
+    kept as number `index`, and the new rows go to `slots` of it. `mask` [sequences, 1, 1, context] hides what is not a
+    sequence's own; None where there is nothing to hide.
+    """
+
+    index: int
+    start: int
+    stop: int
+    context: int
+    mask: torch.Tensor | None
+    block_ids: torch.Tensor | None
+    slots: torch.Tensor | None
+    keep: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Several tokens of one sequence in rows `start` to `stop`.
+
+    `block_ids` reads its context, these tokens included; None where they are all there is. `mask`
+    [tokens, context] is causal; None with `block_ids`.
+    """
+
+    start: int
+    stop: int
+    block_ids: torch.Tensor | None
+    context: int
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """T rows; `slots` are where they go in the cache.
+
+    `logit_rows` are the rows that need logits, in the plan's order; None where that is every row in place.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    decode: tuple[DecodeGroup, ...]
+    prefill: tuple[PrefillChunk, ...]
+    logit_rows: torch.Tensor | None
+
+
+def build_tensors(
+    inputs: StepInputs, block_size: int, windows: Windows, *, dtype: torch.dtype, device: torch.device
+) -> StepTensors:
+    """The index tensors of a step; `windows` knows what the cache's layers keep, `dtype` is that of the masks."""
+    return _Builder(inputs, block_size, dtype, device).build(windows)
+
+
+class _Builder:
+    """The step's sequences in the model's order."""
+
+    def __init__(self, inputs: StepInputs, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        context = inputs.num_computed + inputs.num_tokens
+        single = inputs.num_tokens == 1
+        order = np.lexsort((np.where(single, context, 0), ~single))
+        self._inputs = inputs
+        self._block_size = block_size
+        self._dtype = dtype
+        self._device = device
+        self._order = order
+        self._num_single = int(single.sum())
+        self._context = context[order]
+        self._num_tokens = inputs.num_tokens[order]
+        self._stops = self._num_tokens.cumsum()
+        self._starts = self._stops - self._num_tokens
+        self._first_blocks = (inputs.num_blocks.cumsum() - inputs.num_blocks)[order]
+
+    def build(self, windows: Windows) -> StepTensors:
+        inputs, num_tokens = self._inputs, self._num_tokens
+        rows = np.arange(int(self._stops[-1]))
+        positions = rows + np.repeat(inputs.num_computed[self._order] - self._starts, num_tokens)
+        old_starts = (inputs.num_tokens.cumsum() - inputs.num_tokens)[self._order]
+        token_ids = inputs.token_ids[rows + np.repeat(old_starts - self._starts, num_tokens)]
+        blocks = inputs.block_ids[np.repeat(self._first_blocks, num_tokens) + positions // self._block_size]
+        slots = blocks * self._block_size + positions % self._block_size
+        logit_rows = self._logit_rows()
+        windows.written(blocks[self._num_single :])
+        return StepTensors(
+            self._tensor(token_ids),
+            self._tensor(positions),
+            self._tensor(slots),
+            self._decode(windows) if self._num_single else (),
+            tuple(self._chunk(index, positions) for index in range(self._num_single, len(self._order))),
+            None if np.array_equal(logit_rows, rows) else self._tensor(logit_rows),
+        )
+
+    def _logit_rows(self) -> Ints:
+        inputs = self._inputs
+        stops = np.empty_like(self._stops)
+        stops[self._order] = self._stops
+        counts = inputs.num_logits
+        return np.arange(int(counts.sum())) + np.repeat(stops - counts.cumsum(), counts)
+
+    def _decode(self, windows: Windows) -> tuple[DecodeGroup, ...]:
+        bounds = list(_groups(self._context[: self._num_single]))
+        windows.trim(len(bounds))
+        return tuple(self._group(windows, index, start, stop) for index, (start, stop) in enumerate(bounds))
+
+    def _group(self, windows: Windows, index: int, start: int, stop: int) -> DecodeGroup:
+        lengths = self._context[start:stop]
+        context = int(lengths[-1])
+        mask = None
+        if int(lengths[0]) != context:
+            mask = self._mask((np.arange(context) >= lengths[:, None])[:, None, None, :])
+        fill = windows.fill(index, self._blocks(start, stop), lengths)
+        block_ids = None if fill.block_ids is None else self._tensor(fill.block_ids)
+        slots = None if fill.slots is None else self._tensor(fill.slots)
+        return DecodeGroup(index, start, stop, context, mask, block_ids, slots, fill.keep)
+
+    def _chunk(self, index: int, positions: Ints) -> PrefillChunk:
+        start, stop, context = int(self._starts[index]), int(self._stops[index]), int(self._context[index])
+        if stop - start == context:
+            return PrefillChunk(start, stop, None, context, None)
+        mask = self._mask(np.arange(context) > positions[start:stop, None])
+        return PrefillChunk(start, stop, self._tensor(self._blocks(index, index + 1).reshape(-1)), context, mask)
+
+    def _blocks(self, start: int, stop: int) -> Ints:
+        """The contexts' blocks [sequences, blocks of the longest], the shorter ones filled up with their last."""
+        needed = -(-self._context[start:stop] // self._block_size)
+        columns = np.minimum(np.arange(int(needed.max())), needed[:, None] - 1)
+        return self._inputs.block_ids[self._first_blocks[start:stop, None] + columns]
+
+    def _mask(self, hidden: NDArray[np.bool_]) -> torch.Tensor:
+        zeros = torch.zeros(hidden.shape, dtype=self._dtype)
+        return zeros.masked_fill_(torch.from_numpy(hidden), -torch.inf).to(self._device)
+
+    def _tensor(self, values: Ints) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+
+def _groups(context: Ints) -> Iterator[tuple[int, int]]:
+    """Cuts sequences, sorted by context, into runs whose padding to one length costs little."""
+    start = total = 0
+    for index, length in enumerate(context.tolist()):
+        padded = length * (index + 1 - start)
+        if padded > (total + length) * 1.25 + _SPARE_SLOTS:
+            yield start, index
+            start, total = index, 0
+        total += length
+    yield start, len(context)
