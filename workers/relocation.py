@@ -74,7 +74,7 @@ class Relocation:
         """
         started_s = time.monotonic()
         with self._changed:
-            if epoch <= max(self.epoch, *self._staged, 0):
+            if epoch <= self.epoch:
                 raise ValueError(f"epoch {epoch} is not new")
             base = self.epoch
             now = {number: self._dispatch_of(number, placement) for number, placement in placements.items()}
@@ -95,7 +95,7 @@ class Relocation:
             slots = (held[expert] if expert in held else read[number, expert] for expert in dispatch.held)
             layers[number] = _Layer(dispatch, tuple(slots))
         with self._changed:
-            self._staged[epoch] = _Staged(base, layers)
+            self._staged = {epoch: _Staged(base, layers)}  # what a leader before this one left is given up
         log.info("experts of epoch %d: %d read in %.2f s", epoch, len(wanted), time.monotonic() - started_s)
         return size_bytes
 

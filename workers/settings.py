@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 from workers.parallel.plan import ParallelPlan
 
-__all__ = ["EngineSettings"]
+__all__ = ["EngineSettings", "ExpertBalance"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertBalance:
+    """Every `interval_s` experts move, if a step waits `threshold` times as long for the most loaded ranks as for
+    even ones."""
+
+    interval_s: float
+    threshold: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,3 +46,5 @@ class EngineSettings:
     step_timeout_s: float = 3.0
     load_timeout_s: float = 1800.0
     collectives: str = "auto"  # "auto", "shm", "gloo" or "nccl"
+    expert_balance: ExpertBalance | None = None  # None: experts stay where they began
+    record_routing: str | None = None  # a folder for every expert choice, to try placements on

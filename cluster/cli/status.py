@@ -65,11 +65,17 @@ def _engine(engine: admin_pb2.EngineStatus) -> Iterator[str | Table]:
             groups.add_row(str(group.index), group.address, *map(str, counts))
         yield groups
     if engine.ranks:
-        ranks = Table("rank", "node", "pid", "device", "threads", "weights", "cache", box=None)
+        moving = engine.expert_imbalance > 0
+        experts = ("expert tokens",) if moving else ()
+        ranks = Table("rank", "node", "pid", "device", "threads", "weights", "cache", *experts, box=None)
         for rank in engine.ranks:
-            sizes = (show_size(rank.weight_bytes), show_size(rank.cache_bytes))
-            ranks.add_row(str(rank.rank), rank.node, str(rank.pid), rank.device, str(rank.threads), *sizes)
+            values = [show_size(rank.weight_bytes), show_size(rank.cache_bytes)]
+            if moving:
+                values.append(f"{rank.expert_tokens:.0f}")
+            ranks.add_row(str(rank.rank), rank.node, str(rank.pid), rank.device, str(rank.threads), *values)
         yield ranks
+    if engine.expert_imbalance:
+        yield f"  experts: imbalance {engine.expert_imbalance:.2f} (1 is even), moved {engine.expert_epoch} times"
 
 
 def _front_doors(answer: admin_pb2.StatusResponse) -> Table:

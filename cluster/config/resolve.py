@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from dataclasses import asdict
 from pathlib import Path
 
 from cluster.config.load import ConfigError
@@ -12,7 +13,7 @@ from cluster.config.sizes import parse_share_or_size, parse_size, show_size
 from cluster.models.folder import ModelFacts
 from workers.model.sharding import check_plan, tensor_sizes
 from workers.parallel.plan import ParallelPlan
-from workers.settings import EngineSettings
+from workers.settings import EngineSettings, ExpertBalance
 
 __all__ = ["check_exposure", "engine_settings", "resolve_device", "resolve_dtype", "resolve_plan"]
 
@@ -41,6 +42,11 @@ def _engine_settings(config: Config, model: ModelFacts, machine: Machine, name: 
     memory_limit = parse_share_or_size(resources.memory_limit, machine.memory_bytes, "resources.memory_limit")
     if device == "cpu":
         _check_weights_fit(model, dtype, plan, config.cluster.engines, min(memory_limit, machine.free_bytes))
+    balance = inference.expert_balance
+    if balance is not None and (plan.data == 1 or model.config.moe is None):
+        raise ValueError(
+            "inference.expert_balance: experts move between DP groups only; set parallel.data, or leave it"
+        )
     auto_cache = resources.cache_size == "auto"
     return EngineSettings(
         engine="",
@@ -63,6 +69,8 @@ def _engine_settings(config: Config, model: ModelFacts, machine: Machine, name: 
         step_timeout_s=inference.step_timeout_s,
         load_timeout_s=inference.load_timeout_s,
         collectives=inference.collectives,
+        expert_balance=None if balance is None else ExpertBalance(**asdict(balance)),
+        record_routing=inference.record_routing,
     )
 
 

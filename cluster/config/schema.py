@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Le
 __all__ = [
     "ClusterSection",
     "Config",
+    "ExpertBalanceSection",
     "InferenceSection",
     "ModelSection",
     "ParallelSection",
@@ -51,6 +52,16 @@ class ParallelSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertBalanceSection:
+    """Move routed experts between DP groups while they serve: every `interval_s`, if a step waits `threshold` times as
+    long for the most loaded ranks as it would for even ones."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
+    interval_s: Seconds = 60.0
+    threshold: Annotated[float, Ge(1)] = 1.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class InferenceSection:
     """How steps are made. `temperature` and `top_p` are for requests that name none; without them the model's own
     generation_config.json decides."""
@@ -70,6 +81,8 @@ class InferenceSection:
     collectives: Auto | Literal["shm", "gloo", "nccl"] = "auto"
     step_timeout_s: Seconds = 3.0
     load_timeout_s: Seconds = 1800.0
+    expert_balance: ExpertBalanceSection | None = None
+    record_routing: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

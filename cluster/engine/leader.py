@@ -12,10 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from cluster.engine.experts import ExpertWatch
 from cluster.engine.ranks import Rank, RankLost, RankRefused, Ranks
 from cluster.engine.states import EngineEvent, EngineState, after
 from cluster.front_door.groups import GroupAddress
 from protos.shoal.v1 import admin_pb2
+from scheduler.experts import ExpertPlacement
 from workers.report import RankAddress, RankState, RankStatus
 from workers.settings import EngineSettings
 
@@ -37,6 +39,8 @@ class Pace:
     call_timeout_s: float = 10.0
     start_timeout_s: float = 120.0
     progress_every_s: float = 0.5
+    look_every_s: float = 5.0
+    move_timeout_s: float = 30.0
     first_backoff_s: float = 0.5
     most_backoff_s: float = 15.0
     max_starts: int = 5  # in a row, without becoming ready
@@ -71,6 +75,7 @@ class Leader:
         self._members: Sequence[Rank] = ()
         self._sessions: tuple[str, ...] = ()
         self._statuses: Sequence[RankStatus] = ()
+        self._experts = ExpertWatch()
         self.state = EngineState.PLACING
         self.generation = generation
         self.progress = 0.0
@@ -133,8 +138,12 @@ class Leader:
             status.collectives = self._statuses[0].collectives
             status.kernels = self._statuses[0].kernels
             status.load_s = max(report.load_s for report in self._statuses)
+        tokens = self._experts.rank_tokens
+        if tokens:
+            status.expert_imbalance, status.expert_epoch = self._experts.imbalance, self._experts.epoch
         for report in self._statuses:
-            _add_rank(status, report)
+            # With experts that move there is one stage, whose ranks are all there are.
+            _add_rank(status, report, tokens[report.rank] if tokens else 0.0)
         return status
 
     async def _bring_up(self) -> None:
@@ -174,6 +183,7 @@ class Leader:
         pace = self._pace
         self.generation += 1
         self.progress = 0.0
+        self._experts = ExpertWatch()
         self._sessions = ()
         self._members = await self._ranks.place()
         addresses = await self._all(lambda rank: rank.open(), pace.start_timeout_s)
@@ -214,6 +224,10 @@ class Leader:
         renewing = asyncio.create_task(self._every(self._pace.renew_every_s, self._renew))
         probing = asyncio.create_task(self._every(self._pace.probe_every_s, self._probe))
         tasks = {*watch, renewing, probing}
+        if self._settings.plan.data > 1:
+            tasks.add(asyncio.create_task(self._every(self._pace.look_every_s, self._look_at_experts)))
+            if balance := self._settings.expert_balance:
+                tasks.add(asyncio.create_task(self._every(balance.interval_s, self._balance_experts)))
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -241,6 +255,37 @@ class Leader:
         leaders = self._members[:: self._settings.plan.group_size]
         await self._all(lambda rank: rank.probe(timeout_s), timeout_s + self._pace.call_timeout_s, leaders)
         self.probed_at_s = asyncio.get_running_loop().time()
+
+    async def _look_at_experts(self) -> None:
+        firsts = self._members[:: self._settings.plan.group_size]
+        answers = await self._all(lambda rank: rank.expert_loads(), self._pace.call_timeout_s, firsts)
+        reports = [answer for answer in answers if answer is not None]
+        if reports:
+            self._experts.see(reports)
+            self._on_change()
+
+    async def _balance_experts(self) -> None:
+        """One layer after the other, so that no rank holds much more than it did while its experts change."""
+        balance = self._settings.expert_balance
+        assert balance is not None
+        await self._look_at_experts()
+        before = self._experts.imbalance
+        if before <= balance.threshold:
+            return
+        try:
+            for layer, placement in list(self._experts.wanted(_num_hosts([s.host for s in self._statuses]))):
+                await self._move_experts(layer, placement)
+        except RankRefused as error:
+            log.warning("%s: experts stay where they are: %s", self._settings.engine, error)
+        await self._look_at_experts()
+        log.info("%s: expert imbalance was %.2f, is %.2f", self._settings.engine, before, self._experts.imbalance)
+
+    async def _move_experts(self, layer: int, placement: ExpertPlacement) -> None:
+        self._experts.epoch += 1
+        epoch, timeout_s = self._experts.epoch, self._pace.move_timeout_s
+        places = [(layer, placement.slots)]
+        await self._all(lambda rank: rank.stage_experts(epoch, places), self._settings.load_timeout_s)
+        await self._all(lambda rank: rank.switch_experts(epoch, timeout_s), timeout_s + self._pace.call_timeout_s)
 
     async def _restart(self, reason: str, starts: int) -> None:
         """A lost rank takes the others with it: what they hold is only consistent together."""
@@ -294,7 +339,17 @@ def _group(engine: str, dp_group: int, generation: int, target: str) -> GroupAdd
     )
 
 
-def _add_rank(status: admin_pb2.EngineStatus, report: RankStatus) -> None:
+def _num_hosts(hosts: Sequence[str]) -> int:
+    """Hosts whose ranks are neighbours, equally many on each; 1 where they are not."""
+    found = len(set(hosts))
+    per_host = len(hosts) // found
+    even = len(hosts) % found == 0 and all(
+        len(set(hosts[start : start + per_host])) == 1 for start in range(0, len(hosts), per_host)
+    )
+    return found if even else 1
+
+
+def _add_rank(status: admin_pb2.EngineStatus, report: RankStatus, expert_tokens: float) -> None:
     status.ranks.add(
         rank=report.rank,
         node=report.host,
@@ -303,4 +358,5 @@ def _add_rank(status: admin_pb2.EngineStatus, report: RankStatus) -> None:
         threads=report.threads,
         weight_bytes=report.weight_bytes,
         cache_bytes=report.cache_bytes,
+        expert_tokens=expert_tokens,
     )

@@ -18,8 +18,8 @@ from cluster.app.names import NAMESPACE, placement_name, rank_name
 from cluster.app.reap import placement_groups_of, rank_names_of, reap_engine
 from cluster.app.spec import ClusterSpec
 from cluster.engine.rank_actor import RankActor
-from cluster.engine.ranks import Rank, RankLost, RankRefused
-from workers.report import RankAddress, RankStatus
+from cluster.engine.ranks import ExpertPlaces, Rank, RankLost, RankRefused
+from workers.report import ExpertLoads, RankAddress, RankStatus
 
 __all__ = ["RayRanks"]
 
@@ -124,6 +124,15 @@ class _RayRank:
 
     async def status(self) -> RankStatus:
         return await self._ask(self._actor.status.remote())  # type: ignore[no-any-return]
+
+    async def expert_loads(self) -> ExpertLoads | None:
+        return await self._ask(self._actor.expert_loads.remote())  # type: ignore[no-any-return]
+
+    async def stage_experts(self, epoch: int, placements: Sequence[ExpertPlaces]) -> None:
+        await self._ask(self._actor.stage_experts.remote(epoch, placements))
+
+    async def switch_experts(self, epoch: int, timeout_s: float) -> None:
+        await self._ask(self._actor.switch_experts.remote(epoch, timeout_s))
 
     async def renew(self, lease_s: float) -> None:
         await self._ask(self._actor.renew.remote(lease_s))

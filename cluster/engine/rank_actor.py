@@ -11,7 +11,8 @@ import ray
 from cluster import logs, telemetry
 from cluster.app.spec import ClusterSpec
 from cluster.config.environment import set_variables
-from workers.report import LoadReport, RankAddress, RankStatus
+from cluster.engine.ranks import ExpertPlaces
+from workers.report import ExpertLoads, LoadReport, RankAddress, RankStatus
 from workers.settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -57,6 +58,15 @@ class RankActor:
 
     def status(self) -> RankStatus:
         return self._rank.status()
+
+    def expert_loads(self) -> ExpertLoads | None:
+        return self._rank.expert_loads()
+
+    def stage_experts(self, epoch: int, placements: Sequence[ExpertPlaces]) -> None:
+        self._rank.stage_experts(epoch, placements)
+
+    def switch_experts(self, epoch: int, timeout_s: float) -> None:
+        self._rank.switch_experts(epoch, timeout_s)
 
     def renew(self, lease_s: float) -> None:
         self._rank.renew(lease_s)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from workers.report import RankAddress, RankStatus
+from workers.report import ExpertLoads, RankAddress, RankStatus
 
-__all__ = ["Rank", "RankLost", "RankRefused", "Ranks"]
+__all__ = ["ExpertPlaces", "Rank", "RankLost", "RankRefused", "Ranks"]
+
+
+# A layer, and for every rank of the stage the experts of its slots.
+ExpertPlaces = tuple[int, tuple[tuple[int, ...], ...]]
 
 
 class RankLost(Exception):
@@ -38,6 +42,14 @@ class Rank(Protocol):
         ...
 
     async def status(self) -> RankStatus: ...
+
+    async def expert_loads(self) -> ExpertLoads | None:
+        """None where the engine has no experts that can move."""
+        ...
+
+    async def stage_experts(self, epoch: int, placements: Sequence[ExpertPlaces]) -> None: ...
+
+    async def switch_experts(self, epoch: int, timeout_s: float) -> None: ...
 
     async def renew(self, lease_s: float) -> None: ...
 

@@ -84,6 +84,8 @@ class EngineStatus(_message.Message):
     RANKS_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     LOAD_S_FIELD_NUMBER: _builtins.int
+    EXPERT_IMBALANCE_FIELD_NUMBER: _builtins.int
+    EXPERT_EPOCH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: _builtins.str
     generation: _builtins.int
@@ -95,6 +97,10 @@ class EngineStatus(_message.Message):
     kernels: _builtins.str
     quantization: _builtins.str
     load_s: _builtins.float
+    expert_imbalance: _builtins.float
+    """a step's wait for the most loaded ranks over that for even ones; 0: no experts to move"""
+    expert_epoch: _builtins.int
+    """how often experts have moved"""
     @_builtins.property
     def dp_groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___DPGroupStatus]: ...
     @_builtins.property
@@ -113,10 +119,12 @@ class EngineStatus(_message.Message):
         ranks: _abc.Iterable[Global___RankStatus] | None = ...,
         quantization: _builtins.str = ...,
         load_s: _builtins.float = ...,
+        expert_imbalance: _builtins.float = ...,
+        expert_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collectives", b"collectives", "dp_groups", b"dp_groups", "dtype", b"dtype", "generation", b"generation", "kernels", b"kernels", "load_s", b"load_s", "name", b"name", "plan", b"plan", "quantization", b"quantization", "ranks", b"ranks", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collectives", b"collectives", "dp_groups", b"dp_groups", "dtype", b"dtype", "expert_epoch", b"expert_epoch", "expert_imbalance", b"expert_imbalance", "generation", b"generation", "kernels", b"kernels", "load_s", b"load_s", "name", b"name", "plan", b"plan", "quantization", b"quantization", "ranks", b"ranks", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -173,6 +181,7 @@ class RankStatus(_message.Message):
     THREADS_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    EXPERT_TOKENS_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     node: _builtins.str
     pid: _builtins.int
@@ -180,6 +189,8 @@ class RankStatus(_message.Message):
     threads: _builtins.int
     weight_bytes: _builtins.int
     cache_bytes: _builtins.int
+    expert_tokens: _builtins.float
+    """recent expert choices that this rank serves, over all layers; older ones fade"""
     def __init__(
         self,
         *,
@@ -190,10 +201,11 @@ class RankStatus(_message.Message):
         threads: _builtins.int = ...,
         weight_bytes: _builtins.int = ...,
         cache_bytes: _builtins.int = ...,
+        expert_tokens: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "device", b"device", "node", b"node", "pid", b"pid", "rank", b"rank", "threads", b"threads", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "device", b"device", "expert_tokens", b"expert_tokens", "node", b"node", "pid", b"pid", "rank", b"rank", "threads", b"threads", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from cluster.engine.ranks import Rank, RankLost, RankRefused
-from workers.report import RankAddress, RankState, RankStatus
+from cluster.engine.ranks import ExpertPlaces, Rank, RankLost, RankRefused
+from workers.report import ExpertLoads, RankAddress, RankState, RankStatus
 
 
 @dataclass
@@ -22,6 +22,8 @@ class FakeRank:
     state: RankState = RankState.NEW
     addresses: Sequence[RankAddress] = ()
     store: tuple[str, int] = ("", -1)
+    loads: ExpertLoads | None = None
+    staged: tuple[int, list[ExpertPlaces]] | None = None
     death: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def _called(self, name: str) -> None:
@@ -78,6 +80,22 @@ class FakeRank:
             session=self.session,
             collectives="gloo",
         )
+
+    async def expert_loads(self) -> ExpertLoads | None:
+        await self._called("expert_loads")
+        return self.loads
+
+    async def stage_experts(self, epoch: int, placements: Sequence[ExpertPlaces]) -> None:
+        await self._called("stage_experts")
+        self.staged = (epoch, list(placements))
+
+    async def switch_experts(self, epoch: int, timeout_s: float) -> None:
+        await self._called("switch_experts")
+        assert self.loads is not None
+        assert self.staged is not None
+        assert self.staged[0] == epoch == self.loads.epoch + 1
+        slots = dict(zip(self.loads.layers, self.loads.slots, strict=True)) | dict(self.staged[1])
+        self.loads = replace(self.loads, epoch=epoch, slots=tuple(slots.values()))
 
     async def renew(self, lease_s: float) -> None:
         await self._called("renew")

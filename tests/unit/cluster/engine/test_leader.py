@@ -13,10 +13,11 @@ from cluster.engine.leader import Leader, Pace
 from cluster.engine.ranks import RankLost, RankRefused
 from cluster.engine.states import EngineState
 from cluster.front_door.groups import GroupAddress
+from scheduler.experts import contiguous
 from tests.unit.cluster.engine.fake_ranks import FakeRank, FakeRanks
 from workers.parallel.plan import ParallelPlan
-from workers.report import RankState
-from workers.settings import EngineSettings
+from workers.report import ExpertLoads, RankState
+from workers.settings import EngineSettings, ExpertBalance
 
 PACE = Pace(
     renew_every_s=0.001,
@@ -25,6 +26,7 @@ PACE = Pace(
     call_timeout_s=0.2,
     start_timeout_s=0.2,
     progress_every_s=0.001,
+    look_every_s=0.001,
     first_backoff_s=0.001,
     max_starts=3,
 )
@@ -288,3 +290,54 @@ async def test_progress_is_told_while_loading() -> None:
         assert case.leader.state is EngineState.LOADING
         await case.until(lambda: case.leader.generation == 2 and case.leader.state is EngineState.READY)
         assert case.leader.progress == 1.0
+
+
+LOADS = ExpertLoads(
+    epoch=0, layers=(1, 2), counts=((40, 40, 40, 40, 1, 1, 1, 1), (1,) * 8), slots=(contiguous(8, 4).slots,) * 2
+)
+
+
+def with_experts(index: int, ranks: list[FakeRank]) -> None:
+    del index
+    for rank in ranks:
+        rank.loads = LOADS
+
+
+async def test_experts_move_where_ranks_are_loaded_unevenly() -> None:
+    settings = replace(SETTINGS, expert_balance=ExpertBalance(interval_s=0.01, threshold=1.5))
+    async with leading(with_experts, settings=settings) as case:
+        await case.until_state(EngineState.READY)
+        ranks = case.ranks.sets[0]
+        await case.until(lambda: case.leader.status().expert_epoch == 1)
+        await case.until(lambda: case.leader.status().expert_imbalance < 1.5)
+        status = case.leader.status()
+        assert sum(rank.expert_tokens for rank in status.ranks) > 0
+        for rank in ranks:
+            assert rank.loads is not None
+            assert rank.loads.slots[1] == contiguous(8, 4).slots
+            assert all(len({0, 1, 2, 3} & set(held)) == 1 for held in rank.loads.slots[0])
+            assert rank.calls.count("switch_experts") == 1
+        assert case.leader.state is EngineState.READY
+
+
+async def test_experts_that_cannot_move_stay_and_the_engine_serves() -> None:
+    def refusing(index: int, ranks: list[FakeRank]) -> None:
+        with_experts(index, ranks)
+        ranks[3].faults["stage_experts"] = RankRefused("no memory")
+
+    settings = replace(SETTINGS, expert_balance=ExpertBalance(interval_s=0.01, threshold=1.5))
+    async with leading(refusing, settings=settings) as case:
+        await case.until_state(EngineState.READY)
+        ranks = case.ranks.sets[0]
+        await case.until(lambda: ranks[3].calls.count("stage_experts") >= 3)
+        assert case.leader.state is EngineState.READY
+        assert all(rank.loads == LOADS for rank in ranks)
+        assert len(case.ranks.sets) == 1
+        assert case.leader.status().expert_imbalance > 1.5
+
+
+async def test_experts_stay_without_being_asked() -> None:
+    async with leading(with_experts, settings=replace(SETTINGS, expert_balance=None)) as case:
+        await case.until_state(EngineState.READY)
+        await case.until(lambda: case.leader.status().expert_imbalance > 1.5)
+        assert all("stage_experts" not in rank.calls for rank in case.ranks.sets[0])

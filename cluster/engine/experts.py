@@ -1,0 +1,69 @@
+"""What an engine's routed experts carry, and where they should live: the leader's view over all DP groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from scheduler.experts import ExpertPlacement, balanced, imbalance, rank_loads, settled, step_imbalance
+from workers.report import ExpertLoads
+
+__all__ = ["ExpertWatch"]
+
+# What was counted before counts this much less with every look.
+_FADE = 0.9
+# A layer moves if its most loaded rank would carry this much less, in parts of the mean.
+_WORTH = 0.02
+
+
+class ExpertWatch:
+    """Recent loads from the groups' counters, which only rise; a counter that falls is of another life of its rank."""
+
+    def __init__(self) -> None:
+        self._layers: tuple[int, ...] = ()
+        self._totals: list[list[int]] = []
+        self._recent: list[list[float]] = []
+        self._placements: list[ExpertPlacement] = []
+        self.epoch = 0
+
+    def see(self, reports: Sequence[ExpertLoads]) -> None:
+        """One report of every DP group."""
+        first = reports[0]
+        totals = [
+            [sum(counts) for counts in zip(*layer, strict=True)]
+            for layer in zip(*(report.counts for report in reports), strict=True)
+        ]
+        if self._layers != first.layers or any(
+            new < old for a, b in zip(totals, self._totals, strict=True) for new, old in zip(a, b, strict=True)
+        ):
+            self._layers = first.layers
+            self._totals = [[0] * len(counts) for counts in totals]
+            self._recent = [[0.0] * len(counts) for counts in totals]
+        self._recent = [
+            [old * _FADE + new - before for old, new, before in zip(recent, now, then, strict=True)]
+            for recent, now, then in zip(self._recent, totals, self._totals, strict=True)
+        ]
+        self._totals = totals
+        self._placements = [ExpertPlacement(len(now), slots) for now, slots in zip(totals, first.slots, strict=True)]
+        self.epoch = max(self.epoch, *(report.epoch for report in reports))
+
+    @property
+    def rank_tokens(self) -> list[float]:
+        """Recent expert choices that each rank of the stage serves, over all layers; empty before the first look."""
+        return [sum(layer) for layer in zip(*self._carried(), strict=True)]
+
+    @property
+    def imbalance(self) -> float:
+        """Of a step: how much longer all wait for the most loaded rank of each layer than for an even one."""
+        return step_imbalance(self._carried())
+
+    def wanted(self, num_hosts: int) -> Iterator[tuple[int, ExpertPlacement]]:
+        """A better placement for each layer that would gain by one."""
+        for layer, loads, current in zip(self._layers, self._recent, self._placements, strict=True):
+            redundant = sum(map(len, current.slots)) - current.num_experts
+            placement = balanced(loads, current.num_ranks, redundant=redundant, num_hosts=num_hosts)
+            now, then = (imbalance(rank_loads(place, loads)) for place in (current, placement))
+            if now - then > _WORTH:
+                yield layer, settled(placement, current, num_hosts=num_hosts)
+
+    def _carried(self) -> list[list[float]]:
+        return [rank_loads(place, loads) for place, loads in zip(self._placements, self._recent, strict=True)]
