@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -30,6 +31,7 @@ from workers.parallel.channel import PlanListener
 from workers.parallel.pulse import Pulse
 from workers.relocation import Relocation
 from workers.report import ExpertLoads, LoadReport, RankAddress, RankState, RankStatus
+from workers.routing_log import RoutingLog
 from workers.runner import Runner
 from workers.session import SessionServer
 from workers.settings import EngineSettings
@@ -83,6 +85,7 @@ class Rank:
         self._session_address = ""
         self._watch: PeerWatch | None = None
         self._pulse: Pulse | None = None
+        self._routing_log: RoutingLog | None = None
 
     def open(self, host: str) -> RankAddress:
         """Prepares the process, which others reach at the address `host`."""
@@ -233,6 +236,28 @@ class Rank:
             self._pulse.offer(epoch)
         self._experts.wait(epoch, timeout_s)
 
+    def record_routing(self, folder: str | None) -> None:
+        """Writes what the group's tokens choose from now on into `folder` of this machine; None ends that."""
+        runner = self._runner
+        assert runner is not None, "record_routing before load"
+        log, self._routing_log = self._routing_log, None
+        runner.record_routing(None)
+        if log is not None:
+            log.close()
+        if folder is None:
+            return
+        config = runner.model_config
+        if config.moe is None:
+            raise ValueError(f"a {config.model_type} model has no routed experts to record")
+        self._routing_log = RoutingLog(
+            Path(folder),
+            f"{self.settings.engine}-rank-{self.rank}",
+            generation=self._generation,
+            layers=[layer for layer in range(config.num_layers) if config.moe.has_experts(layer)],
+            num_experts=config.moe.gate.num_experts,
+        )
+        runner.record_routing(self._routing_log)
+
     def drain(self, timeout_s: float) -> bool:
         """Takes nothing new and waits for what is open; False where that takes longer."""
         return self._loop.drain(timeout_s) if self._loop is not None else True
@@ -247,6 +272,8 @@ class Rank:
             self._loop.stop(_STOP_TIMEOUT_S)
             if self._execution is not None and not was_broken:
                 self._execution.dismiss()
+        if self._routing_log is not None:
+            self.record_routing(None)
         if self._session is not None:
             self._session.stop()
         if self._follower is not None:
@@ -282,6 +309,8 @@ class Rank:
             block_size=settings.block_size,
             num_blocks=runner.num_blocks,
         )
+        if settings.record_routing is not None:
+            self.record_routing(settings.record_routing)
         pulse = self._join_pulse(membership)
         self._execution = FirstRank(runner, membership.sender, pulse, runner.experts)
         batcher = Batcher(batcher_settings, clock=time.monotonic, generation=self._generation)

@@ -109,6 +109,20 @@ def status(
     show(address, api_key, as_json=as_json)
 
 
+@app.command("plan-experts")
+def plan_experts(
+    recording: Annotated[Path, typer.Argument(help="A folder that `inference.record_routing` named.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to spread the experts over.")],
+    redundant: Annotated[int, typer.Option(min=0, help="Redundant experts.")] = 0,
+    hosts: Annotated[int, typer.Option(min=1, help="Hosts of the ranks.")] = 1,
+    train: Annotated[float, typer.Option(help="The share of the recording that the placement may know.")] = 0.5,
+) -> None:
+    """Try placements of experts on recorded routing."""
+    from cluster.cli.plan_experts import show
+
+    show(recording, ranks=ranks, redundant=redundant, hosts=hosts, train=train)
+
+
 @app.command()
 def version() -> None:
     """Show the version."""

@@ -47,6 +47,8 @@ def _engine_settings(config: Config, model: ModelFacts, machine: Machine, name: 
         raise ValueError(
             "inference.expert_balance: experts move between DP groups only; set parallel.data, or leave it"
         )
+    if inference.record_routing is not None and model.config.moe is None:
+        raise ValueError(f"inference.record_routing: a {model.config.model_type} model has no routed experts")
     auto_cache = resources.cache_size == "auto"
     return EngineSettings(
         engine="",

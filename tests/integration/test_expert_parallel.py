@@ -11,10 +11,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from protos.shoal.v1 import session_pb2
 from scheduler.experts import balanced
+from scheduler.experts_replay import compare, read_recording
 from tests.checkpoints import tiny_deepseek
 from tests.integration.front_door_stream import FrontDoorStream, sampling
 from tests.integration.rank_process import Engine
@@ -167,6 +169,25 @@ async def test_experts_do_not_move_before_all_ranks_are_ready(start: StartEngine
         engine.ranks[0].call("stage_experts", 2, [(layer, [[0, 1, 2], [3, 4, 5]])])
     with pytest.raises(RuntimeError, match="not staged"):
         engine.ranks[0].call("switch_experts", 2, 1.0)
+    engine.stop()
+
+
+async def test_routing_is_recorded(start: StartEngine, tmp_path: Path) -> None:
+    engine = start(data=2)
+    addresses = engine.start()
+    expected = await _generate(addresses)
+    before = [rank.call("expert_loads")["counts"] for rank in engine.ranks]
+    engine.on_all("record_routing", str(tmp_path / "routing"))
+    assert await _generate(addresses) == expected
+    engine.on_all("record_routing", None)
+    after = [rank.call("expert_loads")["counts"] for rank in engine.ranks]
+    recording = read_recording(tmp_path / "routing", tokens_per_part=16)
+    assert list(recording.layers) == EXPERT_LAYERS
+    counted = np.sum(after, axis=0) - np.sum(before, axis=0)
+    assert np.array_equal(np.sum(recording.parts, axis=0), counted)
+    contiguous, known, bound = compare(recording, 2)
+    assert bound.imbalance <= contiguous.imbalance
+    assert sum(known.carried) == sum(contiguous.carried)
     engine.stop()
 
 
