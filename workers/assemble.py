@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from workers.cache import CacheSize, KVCache, show_gib, size_cache
+from workers.kernels.quantized import Weight, move
 from workers.kernels.seam import Kernels
 from workers.kernels.select import select_kernels
 from workers.memory import free_bytes
@@ -26,6 +26,7 @@ from workers.relocation import Relocation
 from workers.runner import Report, Runner
 from workers.settings import EngineSettings
 from workers.weights.experts import ExpertReader
+from workers.weights.form import Form
 from workers.weights.index import read_index
 from workers.weights.layout import has_fused_experts, log_skipped_layers
 from workers.weights.load import Progress, WeightReader
@@ -60,14 +61,20 @@ def assemble(
     log_skipped_layers(config, index)
     shard = _shard(config, place, settings, has_fused_experts(index))
     with WeightReader(
-        folder, shard_parameters(shard), dtype, index=index, quantization=config.quantization, progress=progress
+        folder,
+        shard_parameters(shard),
+        dtype,
+        index=index,
+        quantization=config.quantization,
+        hold=settings.quantization,
+        progress=progress,
     ) as reader:
-        weight_bytes = _weight_bytes(shard, kernels, dtype)
+        weight_bytes = _weight_bytes(reader, shard, kernels, dtype)
         _check_weights_fit(settings, weight_bytes, device)
         dispatch = _dispatch(shard, settings, expert, device)
 
-        def take(name: str) -> torch.Tensor | None:
-            return reader.read(name).to(device) if name in reader else None
+        def take(name: str) -> Weight | None:
+            return move(reader.read(name), device) if name in reader else None
 
         with torch.inference_mode():
             decoder = build_decoder(
@@ -86,7 +93,7 @@ def assemble(
         architecture=config.architecture,
         dtype=settings.dtype,
         device=str(device),
-        kernels=kernels.description,
+        kernels=kernels.describe(settings.quantization),
         collectives=tensor.kind,
         dispatch="" if dispatch is None else dispatch.kind,
         weight_bytes=weight_bytes,
@@ -98,7 +105,9 @@ def assemble(
     )
     experts = None
     if expert is not None:
-        experts = Relocation(decoder.mixtures, ExpertReader(shard, folder, index, dtype, device))
+        experts = Relocation(
+            decoder.mixtures, ExpertReader(shard, folder, index, dtype, device, hold=settings.quantization)
+        )
     return Runner(decoder, cache, model_config=config, report=report, experts=experts, dtype=dtype, device=device)
 
 
@@ -111,8 +120,10 @@ def _check_settings(settings: EngineSettings, config: ModelConfig) -> None:
     check_plan(config, settings.plan)
     if settings.dtype not in _DTYPES:
         raise ValueError(f"inference.dtype must be one of {', '.join(_DTYPES)}, not {settings.dtype!r}")
-    if settings.quantization != "none":
-        raise ValueError(f"inference.quantization must be none for {config.model_type} models")
+    if settings.quantization not in tuple(Form):
+        raise ValueError(f"inference.quantization must be one of {', '.join(Form)}, not {settings.quantization!r}")
+    if settings.quantization == Form.FP8 and config.quantization is None:
+        raise ValueError("inference.quantization fp8 needs a checkpoint in FP8; `shoal convert` makes one")
     if settings.deterministic and settings.plan.tensor > 2:
         raise ValueError(
             f"inference.deterministic takes parallel.tensor 1 or 2, not {settings.plan.tensor}: a sum over more ranks "
@@ -144,16 +155,12 @@ def _dispatch(
     return LocalDispatch(num_experts) if shard.size == 1 else ShareDispatch(num_experts, shard.experts, device)
 
 
-def _weight_bytes(shard: Shard, kernels: Kernels, dtype: torch.dtype) -> int:
+def _weight_bytes(reader: WeightReader, shard: Shard, kernels: Kernels, dtype: torch.dtype) -> int:
     """What the rank's parameters take once built."""
-    parameters = shard_parameters(shard)
-    size_bytes = sum(
-        math.prod(parameter.shape) * (torch.float32.itemsize if parameter.full_precision else dtype.itemsize)
-        for parameter in parameters.values()
-    )
+    size_bytes = reader.held_bytes
     if kernels.packs_weights:
         # the head is kept in both layouts: rows are looked up in one of them
-        size_bytes += math.prod(parameters["embedding"].shape) * dtype.itemsize
+        size_bytes += shard.vocab_rows * shard.config.hidden_size * dtype.itemsize
     return size_bytes
 
 

@@ -12,6 +12,8 @@ import math
 import torch
 from torch.nn import functional as F
 
+from workers.kernels.int8 import BytesGatedLinear, BytesLinear, can_multiply, has_byte_instructions
+from workers.kernels.quantized import Weight
 from workers.kernels.reference import ReferenceKernels
 from workers.kernels.seam import GatedLinear, Linear, Norm
 
@@ -106,8 +108,15 @@ class PackedKernels(ReferenceKernels):
     description = "torch with oneDNN packed weights"
     packs_weights = True
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        return _PackedLinear(weight, bias)
+    def describe(self, quantization: str) -> str:
+        if quantization == "int8" and has_byte_instructions():
+            return f"{self.description}; int8 weights multiplied as bytes"
+        return super().describe(quantization)
+
+    def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
+        if isinstance(weight, torch.Tensor):
+            return _PackedLinear(weight, bias)
+        return BytesLinear(weight, bias) if can_multiply(weight) else super().linear(weight, bias)
 
     def rms_norm(self, weight: torch.Tensor, epsilon: float) -> Norm:
         return _Norm(weight, epsilon)
@@ -128,5 +137,7 @@ class PackedKernels(ReferenceKernels):
         out = F.scaled_dot_product_attention(heads, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
         return out.reshape(len(q), -1)
 
-    def gated_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> GatedLinear:
-        return _PackedGatedLinear(weight, bias)
+    def gated_linear(self, weight: Weight, bias: torch.Tensor | None) -> GatedLinear:
+        if isinstance(weight, torch.Tensor):
+            return _PackedGatedLinear(weight, bias)
+        return BytesGatedLinear(weight, bias) if can_multiply(weight) else super().gated_linear(weight, bias)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
+from workers.kernels.quantized import Weight
 from workers.kernels.reference import ReferenceKernels
 from workers.kernels.seam import GatedLinear, Kernels, Linear
 
@@ -95,11 +96,16 @@ class DeterministicKernels(ReferenceKernels):
         self.description = f"the same bits in any batch, over {base.description}"
         self.packs_weights = base.packs_weights
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    def describe(self, quantization: str) -> str:
+        return f"the same bits in any batch, over {self._base.describe(quantization)}"
+
+    def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
         return _TiledLinear(self._base.linear(weight, bias))
 
-    def gated_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> GatedLinear:
-        if self._base.packs_weights:  # the activation is oneDNN's, which treats all elements alike
+    def gated_linear(self, weight: Weight, bias: torch.Tensor | None) -> GatedLinear:
+        if self._base.packs_weights and isinstance(
+            weight, torch.Tensor
+        ):  # the activation is oneDNN's, which treats all elements alike
             return _TiledGatedLinear(self._base.gated_linear(weight, bias))
         return _TiledGatedLinear(_GatedLinear(self._base.linear(weight, bias)))
 

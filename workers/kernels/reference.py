@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
+from workers.kernels.quantized import QuantizedLinear, Weight
 from workers.kernels.seam import GatedLinear, Linear, Norm
 
 __all__ = ["ReferenceKernels"]
@@ -29,8 +30,8 @@ class _Linear:
 class _GatedLinear:
     __slots__ = ("_gate_up",)
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._gate_up = _Linear(weight, bias)
+    def __init__(self, gate_up: Linear) -> None:
+        self._gate_up = gate_up
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self._gate_up(x).chunk(2, dim=-1)
@@ -55,11 +56,16 @@ class ReferenceKernels:
     packs_weights = False
     one_form = False
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        return _Linear(weight, bias)
+    def describe(self, quantization: str) -> str:
+        if quantization == "none":
+            return self.description
+        return f"{self.description}; {quantization} weights dequantised in tiles"
 
-    def gated_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> GatedLinear:
-        return _GatedLinear(weight, bias)
+    def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
+        return _Linear(weight, bias) if isinstance(weight, torch.Tensor) else QuantizedLinear(weight, bias)
+
+    def gated_linear(self, weight: Weight, bias: torch.Tensor | None) -> GatedLinear:
+        return _GatedLinear(self.linear(weight, bias))
 
     def rms_norm(self, weight: torch.Tensor, epsilon: float) -> Norm:
         return _Norm(weight, epsilon)

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+from workers.kernels.quantized import Weight
+
 __all__ = ["GatedLinear", "Kernels", "Linear", "Norm"]
 
 
@@ -48,16 +50,20 @@ class Kernels(Protocol):
         """In words for `shoal status`."""
         ...
 
+    def describe(self, quantization: str) -> str:
+        """The same with how weights of that quantization, "none", "fp8" or "int8", are computed with."""
+        ...
+
     @property
     def packs_weights(self) -> bool:
         """Whether a linear layer keeps a copy in its own layout instead of the weight it was given."""
         ...
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
         """Takes `weight` [out, in] over: the caller must not keep it unless it means to hold it twice."""
         ...
 
-    def gated_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> GatedLinear:
+    def gated_linear(self, weight: Weight, bias: torch.Tensor | None) -> GatedLinear:
         """`weight` [2 * inner, in] holds gate above up."""
         ...
 

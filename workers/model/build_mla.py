@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from workers.kernels.quantized import Weight, row_tensors
 from workers.model.mla import LatentAttention, LatentQuery, prefers_expanded, softmax_scale
 from workers.model.mla_config import MLAConfig
 from workers.model.parts import Parts
@@ -29,16 +30,17 @@ def build_latent_attention(
     assert mla is not None
     name = f"{layer}.attention"
     norm = parts.norm(f"{name}.norm")
-    weight, bias = parts.need(f"{name}.inputs.weight"), parts.take(f"{name}.inputs.bias")
+    weight, bias = parts.weight(f"{name}.inputs.weight"), parts.maybe(f"{name}.inputs.bias")
+    num_rows = len(row_tensors(weight)[0])
     if bias is not None:  # queries that come straight from the hidden state have none
-        bias = torch.cat((bias.new_zeros(len(weight) - len(bias)), bias))
-    rotated = [(len(weight) - mla.rope_dim, len(weight))]
+        bias = torch.cat((bias.new_zeros(num_rows - len(bias)), bias))
+    rotated = [(num_rows - mla.rope_dim, num_rows)]
     query = None
     if mla.q_rank is None:
         rotated += _rotated_rows(mla, num_heads)
     else:
         query_norm = parts.norm(f"{name}.q_norm", _EPSILON)
-        query_up = parts.need(f"{name}.q.weight")
+        query_up = parts.weight(f"{name}.q.weight")
         _halve(mla, query_up, _rotated_rows(mla, num_heads))
         query = LatentQuery(query_norm, parts.kernels.linear(query_up, None))
     _halve(mla, weight, rotated)
@@ -69,7 +71,7 @@ def _rotated_rows(mla: MLAConfig, num_heads: int) -> list[tuple[int, int]]:
     return [(head * mla.qk_dim + mla.nope_dim, (head + 1) * mla.qk_dim) for head in range(num_heads)]
 
 
-def _halve(mla: MLAConfig, weight: torch.Tensor, rotated: list[tuple[int, int]]) -> None:
+def _halve(mla: MLAConfig, weight: Weight, rotated: list[tuple[int, int]]) -> None:
     """Puts the even ones of each range of rows before the odd ones, in place.
 
     The rotation is then that of halves, which costs no reordering at run time. Queries and keys change alike, so their
@@ -77,6 +79,7 @@ def _halve(mla: MLAConfig, weight: torch.Tensor, rotated: list[tuple[int, int]])
     """
     if not mla.interleaved:
         return
-    for first, last in rotated:
-        rows = weight[first:last]
-        rows.copy_(torch.cat((rows[0::2], rows[1::2])))
+    for tensor in row_tensors(weight):
+        for first, last in rotated:
+            rows = tensor[first:last]
+            rows.copy_(torch.cat((rows[0::2], rows[1::2])))

@@ -18,11 +18,11 @@ def build_moe(parts: Parts, layer: int, dispatch: Dispatch[Any]) -> MoE:
     assert moe is not None
     name = f"layers.{layer}.mlp"
     norm = parts.norm(f"{name}.norm")
-    gate = Gate(parts.need(f"{name}.gate.weight"), moe.gate, parts.take(f"{name}.gate.bias"), parts.kernels)
+    gate = Gate(parts.need(f"{name}.gate.weight"), moe.gate, parts.maybe(f"{name}.gate.bias"), parts.kernels)
     experts = Experts(len(parts.shard.experts), parts.kernels)
     for slot in range(len(parts.shard.experts)):
         expert = f"{name}.experts.{slot}"
-        experts.put(slot, parts.need(f"{expert}.gate_up.weight"), parts.need(f"{expert}.down.weight"))
+        experts.put(slot, parts.weight(f"{expert}.gate_up.weight"), parts.weight(f"{expert}.down.weight"))
     shared = None
     if moe.shared_size:
         shared = SharedExperts(parts.gated_linear(f"{name}.shared.gate_up"), parts.linear(f"{name}.shared.down"))

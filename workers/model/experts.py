@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from workers.kernels.quantized import Weight
 from workers.kernels.seam import GatedLinear, Kernels, Linear
 from workers.parallel.dispatch import ExpertRows
 
@@ -30,11 +31,11 @@ class Experts:
         self._kernels = kernels
         self._slots: list[Expert | None] = [None] * num_slots
 
-    def put(self, slot: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+    def put(self, slot: int, gate_up: Weight, down: Weight) -> None:
         """Fills a slot, or replaces what is in it; `gate_up` [2 * inner, hidden] holds gate above up."""
         self._slots[slot] = self.build(gate_up, down)
 
-    def build(self, gate_up: torch.Tensor, down: torch.Tensor) -> Expert:
+    def build(self, gate_up: Weight, down: Weight) -> Expert:
         """An expert that no slot holds yet."""
         return self._kernels.gated_linear(gate_up, None), self._kernels.linear(down, None)
 

@@ -36,7 +36,8 @@ def mla_parameters(shard: Shard, ours: str, theirs: str) -> Iterator[Parameter]:
         yield stack(f"{ours}.inputs.bias", biased, None)
     yield vector(f"{ours}.latent_norm", f"{module}.kv_a_layernorm.weight", mla.kv_rank)
     width = mla.nope_dim + mla.v_dim
-    yield stack(f"{ours}.kv_b.weight", [(f"{module}.kv_b_proj", heads * width, shard.heads(heads, width))], mla.kv_rank)
+    up: Output = (f"{module}.kv_b_proj", heads * width, shard.heads(heads, width))
+    yield stack(f"{ours}.kv_b.weight", [up], mla.kv_rank, quantizable=False)  # is multiplied from both sides
     out = f"{module}.o_proj"
     yield columns(f"{ours}.out.weight", out, hidden, heads * mla.v_dim, shard.heads(heads, mla.v_dim))
     if config.output_bias and shard.index == 0:  # the ranks' outputs are summed: one of them adds the bias

@@ -78,7 +78,7 @@ def _fused_expert(shard: Shard, ours: str, module: str, expert: int) -> Iterator
     for name, rows, width in (("gate_up", 2 * size, hidden), ("down", hidden, size)):
         part = (expert * rows, (expert + 1) * rows)
         piece = Piece(f"{module}.{name}_proj", (num_experts, rows, width), part, (0, width))
-        yield Parameter(f"{ours}.{name}.weight", (rows, width), (piece,))
+        yield Parameter(f"{ours}.{name}.weight", (rows, width), (piece,), quantizable=True)
 
 
 def _sizes(shard: Shard) -> tuple[int, int]:

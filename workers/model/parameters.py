@@ -32,27 +32,30 @@ class Piece:
 class Parameter:
     """One tensor of the cut model: its pieces stacked by rows, and rows of zeros up to `shape` behind them.
 
-    `full_precision`: held in fp32 whatever the model's dtype.
+    `full_precision`: held in fp32 whatever the model's dtype. `quantizable`: the weight of a linear layer that may be
+    held in eight bits.
     """
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     full_precision: bool = False
+    quantizable: bool = False
 
 
-def stack(name: str, outputs: Sequence[Output], width: int | None) -> Parameter:
+def stack(name: str, outputs: Sequence[Output], width: int | None, *, quantizable: bool = True) -> Parameter:
     """Output slices of several projections of `width` inputs, or with None of their biases, in one tensor."""
     suffix, tail = ("bias", ()) if width is None else ("weight", (width,))
     inputs = None if width is None else (0, width)
     pieces = tuple(Piece(f"{module}.{suffix}", (total, *tail), rows, inputs) for module, total, rows in outputs)
-    return Parameter(name, (sum(piece.num_rows for piece in pieces), *tail), pieces)
+    num_rows = sum(piece.num_rows for piece in pieces)
+    return Parameter(name, (num_rows, *tail), pieces, quantizable=quantizable and width is not None)
 
 
 def columns(name: str, module: str, rows: int, width: int, part: tuple[int, int]) -> Parameter:
     """The weight of a projection of `width` inputs, of which the rank has a part."""
     piece = Piece(f"{module}.weight", (rows, width), (0, rows), part)
-    return Parameter(name, (rows, part[1] - part[0]), (piece,))
+    return Parameter(name, (rows, part[1] - part[0]), (piece,), quantizable=True)
 
 
 def matrix(name: str, tensor: str, rows: int, width: int, *, full_precision: bool = False) -> Parameter:

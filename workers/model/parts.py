@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from workers.kernels.quantized import Weight
 from workers.kernels.seam import GatedLinear, Kernels, Linear, Norm
 from workers.model.parallel_linear import ResidualLinear, residual_linear
 from workers.model.shard import Shard
@@ -15,7 +16,7 @@ from workers.parallel.collectives import Collectives
 __all__ = ["Parts", "Take"]
 
 # A parameter of the shard by name, on the model's device; None where the shard has none of that name.
-Take = Callable[[str], torch.Tensor | None]
+Take = Callable[[str], Weight | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +26,27 @@ class Parts:
     kernels: Kernels
     tensor: Collectives
 
+    def weight(self, name: str) -> Weight:
+        """For a linear layer, quantized or not."""
+        weight = self.take(name)
+        assert weight is not None, name
+        return weight
+
     def need(self, name: str) -> torch.Tensor:
+        tensor = self.weight(name)
+        assert isinstance(tensor, torch.Tensor), name
+        return tensor
+
+    def maybe(self, name: str) -> torch.Tensor | None:
         tensor = self.take(name)
-        assert tensor is not None, name
+        assert tensor is None or isinstance(tensor, torch.Tensor), name
         return tensor
 
     def linear(self, name: str) -> Linear:
-        return self.kernels.linear(self.need(f"{name}.weight"), self.take(f"{name}.bias"))
+        return self.kernels.linear(self.weight(f"{name}.weight"), self.maybe(f"{name}.bias"))
 
     def gated_linear(self, name: str) -> GatedLinear:
-        return self.kernels.gated_linear(self.need(f"{name}.weight"), self.take(f"{name}.bias"))
+        return self.kernels.gated_linear(self.weight(f"{name}.weight"), self.maybe(f"{name}.bias"))
 
     def residual(self, name: str) -> ResidualLinear:
         return residual_linear(self.linear(name), self.tensor)

@@ -18,15 +18,17 @@ class BlockQuantization:
 
 
 def read_quantization(fields: Fields) -> BlockQuantization | None:
-    """None where the checkpoint is not quantized. Which tensors are is said by their own dtypes."""
+    """None where the checkpoint has no blocks. Which tensors are is said by their own dtypes."""
     section = fields.section("quantization_config")
     if section is None:
         return None
     method, form = section.text("quant_method", ""), section.text("fmt", "e4m3")
+    if method == "int8":
+        return None
     if method != "fp8" or form != "e4m3":
         raise ValueError(
             f"config.json: quantization_config with quant_method {method!r} and fmt {form!r} is not supported; "
-            "supported: fp8 with e4m3, or an unquantized checkpoint"
+            "supported: fp8 with e4m3, int8, or an unquantized checkpoint"
         )
     block = section.sizes("weight_block_size")
     if len(block) != 2:

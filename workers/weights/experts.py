@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from workers.kernels.quantized import Weight, move
 from workers.model.moe_sharding import expert_parameters
 from workers.model.parameters import Parameter
 from workers.model.shard import Shard
@@ -25,45 +25,53 @@ class ExpertWeights(NamedTuple):
 
     layer: int
     expert: int
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Weight
+    down: Weight
 
 
 class ExpertReader:
     """For the rank that `shard` describes."""
 
     def __init__(
-        self, shard: Shard, folder: Path, index: Mapping[str, TensorEntry], dtype: torch.dtype, device: torch.device
+        self,
+        shard: Shard,
+        folder: Path,
+        index: Mapping[str, TensorEntry],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        hold: str = "none",
     ) -> None:
         self._shard = shard
         self._folder = folder
         self._index = index
         self._dtype = dtype
+        self._hold = hold
         self.device = device
 
     def size_bytes(self, wanted: Sequence[tuple[int, int]]) -> int:
         """What these (layer, expert) pairs take in memory."""
-        return sum(
-            math.prod(parameter.shape) * self._dtype.itemsize
-            for layer, expert in wanted
-            for parameter in self._parameters(layer, expert)
-        )
+        with self._open(wanted) as reader:
+            return reader.held_bytes
 
     def read(self, wanted: Sequence[tuple[int, int]]) -> Iterator[ExpertWeights]:
         """One (layer, expert) after the other. Raises CheckpointError where the checkpoint has changed."""
-        parameters = {p.name: p for layer, expert in wanted for p in self._parameters(layer, expert)}
-        with WeightReader(
-            self._folder,
-            parameters,
-            self._dtype,
-            index=self._index,
-            quantization=self._shard.config.quantization,
-            num_threads=_NUM_THREADS,
-        ) as reader:
+        with self._open(wanted) as reader:
             for layer, expert in wanted:
                 name = _name(layer, expert)
                 gate_up, down = (reader.read(f"{name}.{part}.weight") for part in ("gate_up", "down"))
-                yield ExpertWeights(layer, expert, gate_up.to(self.device), down.to(self.device))
+                yield ExpertWeights(layer, expert, move(gate_up, self.device), move(down, self.device))
+
+    def _open(self, wanted: Sequence[tuple[int, int]]) -> WeightReader:
+        return WeightReader(
+            self._folder,
+            {p.name: p for layer, expert in wanted for p in self._parameters(layer, expert)},
+            self._dtype,
+            index=self._index,
+            quantization=self._shard.config.quantization,
+            hold=self._hold,
+            num_threads=_NUM_THREADS,
+        )
 
     def _parameters(self, layer: int, expert: int) -> Iterator[Parameter]:
         module = f"model.layers.{layer}.mlp.experts"

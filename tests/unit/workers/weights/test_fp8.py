@@ -40,6 +40,12 @@ def _reader(folder: Path, parameter: Parameter, dtype: torch.dtype = torch.float
     return WeightReader(folder, {"p": parameter}, dtype, quantization=_BLOCK)
 
 
+def _dense(reader: WeightReader) -> torch.Tensor:
+    tensor = reader.read("p")
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
 def test_every_value_is_read_as_torch_reads_it(tmp_path: Path) -> None:
     values = torch.tensor([byte for byte in range(256) if byte & 0x7F != 0x7F], dtype=torch.uint8)
     values = values.view(torch.float8_e4m3fn).view(2, 127)
@@ -47,7 +53,7 @@ def test_every_value_is_read_as_torch_reads_it(tmp_path: Path) -> None:
     save_file({"w": values, "w_scale_inv": scales}, tmp_path / "model.safetensors")
     parameter = Parameter("p", (2, 127), (Piece("w", (2, 127), (0, 2), (0, 127)),))
     with _reader(tmp_path, parameter) as reader:
-        assert torch.equal(reader.read("p"), values.float() * 0.37)
+        assert torch.equal(_dense(reader), values.float() * 0.37)
 
 
 @pytest.mark.parametrize("kind", _SCALES)
@@ -67,7 +73,7 @@ def test_any_slice(tmp_path: Path, kind: str, shape: tuple[int, ...]) -> None:
             parameter = Parameter("p", (rows[1] - rows[0] + 2, columns[1] - columns[0]), (piece,))
             for dtype in (torch.float32, torch.bfloat16):
                 with _reader(tmp_path, parameter, dtype) as reader:
-                    got = reader.read("p")
+                    got = _dense(reader)
                     assert reader.bytes_read == reader.bytes_total
                     assert reader.bytes_read < values.numel() + scales.numel() * 4 or rows[1] - rows[0] == num_rows
                 assert torch.equal(got[:-2], whole[slice(*rows), slice(*columns)].to(dtype))
@@ -149,9 +155,10 @@ def test_a_model_in_fp8_equals_transformers_on_its_values(tmp_path: Path, kind: 
     model.set_attn_implementation("eager")
     model.config._experts_implementation = "eager"
     for tensor in (1, 2, 3):
-        ranks = Ranks(tmp_path / "fp8", tensor=tensor, block_size=4)
-        (sequence,) = sequences(1, seed=tensor)
-        for count in (40, 1, 20):
-            run(ranks, [(sequence, count)])
-        ranks.close()
-        assert distance(sequence, expected_logits(model, sequence)) <= TOLERANCE
+        for held in ("none", "fp8"):
+            ranks = Ranks(tmp_path / "fp8", tensor=tensor, block_size=4, quantization=held)
+            (sequence,) = sequences(1, seed=tensor)
+            for count in (40, 1, 20):
+                run(ranks, [(sequence, count)])
+            ranks.close()
+            assert distance(sequence, expected_logits(model, sequence)) <= TOLERANCE
