@@ -105,13 +105,17 @@ def collect(stream: Iterator[inference_pb2.GenerateChunk]) -> list[int]:
 
 
 @contextmanager
-def serving(model: Path, *options: str, config: str = "") -> Iterator[Served]:
-    """A ready server. At the end it is killed with all it started, if the test has left it running."""
+def serving(
+    model: Path, *options: str, config: str = "", cache: str | None = "resources: {cache_size: 32MiB}"
+) -> Iterator[Served]:
+    """A ready server. At the end it is killed with all it started, if the test has left it running.
+
+    A small cache unless told otherwise: what is mostly looked at here is processes.
+    """
     port, http_port = (free_port("127.0.0.1", 0, key="", option="") for _ in range(2))
     with tempfile.TemporaryDirectory(prefix="served-") as folder:
         path = Path(folder) / "shoal.yaml"
-        # A small cache: what is looked at here is processes.
-        path.write_text(f"resources: {{cache_size: 32MiB}}\n{config}")
+        path.write_text(f"{cache or ''}\n{config}")
         command = [*_SHOAL, "serve", "--model-path", str(model), "--config", str(path)]
         command += ["--port", str(port), "--http-port", str(http_port), *options]
         with (Path(folder) / "output").open("wb") as output:
