@@ -19,6 +19,7 @@ from workers.parallel.plan import ParallelPlan
 from workers.runner import Runner
 
 BLOCK_SIZE = 4
+MOST_STEPS = 120
 LENGTHS = (147, 70, 1, 33, 16, 66, 131)
 SETTINGS = {"deterministic": True, "max_model_len": 160, "block_size": BLOCK_SIZE, "cache_bytes": 1 << 23}
 
@@ -149,7 +150,19 @@ def test_experts_on_any_number_of_ranks(folders: dict[str, Path], dtype: str, si
         _check(sequences, [torch.cat(sequence.logits) for sequence in alone[rank::size]])
 
 
-MOST_STEPS = 120
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_fast_mode_repeats_itself(folders: dict[str, Path], name: str, dtype: str) -> None:
+    """The same steps give the same bits, in any blocks."""
+    found = []
+    for seed in range(2):
+        settings = settings_for(folders[name], dtype=dtype, **(SETTINGS | {"deterministic": False}))
+        runner = assemble(settings, ParallelPlan().place(0), SingleRank())
+        rng, sequences = random.Random(6), _sequences(seed)
+        while _unfinished(sequences):
+            _step(runner, _ragged_step(sequences, rng))
+        found.append(sequences)
+    _check(found[0], [torch.cat(sequence.logits) for sequence in found[1]])
 
 
 def test_more_than_two_tensor_ranks_are_refused(folders: dict[str, Path]) -> None:
