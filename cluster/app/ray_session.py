@@ -15,7 +15,7 @@ import psutil
 
 from cluster.app import guard
 from cluster.app.names import NAMESPACE
-from cluster.config.environment import has_auth_settings, set_variables
+from cluster.config.environment import has_ray_token, ray_auth_mode, set_variables
 
 __all__ = ["RaySession", "join_ray", "start_ray"]
 
@@ -81,7 +81,7 @@ def start_ray(num_cpus: int, cores: int) -> RaySession:
     if len(str(folder)) > _MAX_FOLDER_CHARS:
         folder.rmdir()
         folder = Path(tempfile.mkdtemp(prefix="shoal-", dir="/tmp"))  # mkdtemp makes it private
-    if not has_auth_settings():
+    if ray_auth_mode() is None:
         token = folder / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
@@ -123,16 +123,19 @@ def _start_guard(folder: Path) -> subprocess.Popen[str]:
 def join_ray(address: str) -> RaySession:
     """Joins the cluster at `address`. Raises ConnectionError in one line."""
     _quieten()
+    if ray_auth_mode() is None and has_ray_token():
+        set_variables({"RAY_AUTH_MODE": "token"})  # a cluster that was started beside that token demands it
     import ray
 
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConnectionError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(f"no Ray cluster that knows our token answers at {address}: {reason}") from None
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     return RaySession(None, int(ray.cluster_resources().get("GPU", 0)), min([count for count in cores if count] or [1]))
 
 
 def _quieten() -> None:
     """Ray reads these when it is imported."""
-    set_variables({"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0", "RAY_DEDUP_LOGS": "0"})
+    set_variables({"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"})

@@ -86,7 +86,8 @@ def _serve(spec: ClusterSpec, session: RaySession | None, config: Config, cores:
         announcer.close()
         run.take_down()
         session.end(keep_logs=keep_logs)
-    announcer.line(f"stopped; logs are in {session.folder}/session_latest/logs" if keep_logs else "stopped")
+    kept = keep_logs and session.folder is not None
+    announcer.line(f"stopped; logs are in {session.folder}/session_latest/logs" if kept else "stopped")
     raise SystemExit(code)
 
 

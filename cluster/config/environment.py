@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["cache_folder", "has_auth_settings", "otlp_endpoint", "set_variables"]
+__all__ = ["cache_folder", "has_ray_token", "otlp_endpoint", "ray_auth_mode", "set_variables"]
 
 
 def cache_folder() -> Path:
@@ -24,9 +24,16 @@ def otlp_endpoint() -> str | None:
     return next((os.environ[name] for name in names if os.environ.get(name)), None)
 
 
-def has_auth_settings() -> bool:
-    """Whether the user chose how Ray authenticates."""
-    return any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+def ray_auth_mode() -> str | None:
+    """What the user chose for Ray, if anything."""
+    return os.environ.get("RAY_AUTH_MODE")
+
+
+def has_ray_token() -> bool:
+    """Whether Ray will find a token: in its variables, or where `ray get-auth-token` keeps it."""
+    if any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        return True
+    return (Path.home() / ".ray" / "auth_token").is_file()
 
 
 def set_variables(values: Mapping[str, str]) -> None:

@@ -22,23 +22,27 @@ __all__ = ["RankActor"]
 
 
 class RankActor:
-    """Nothing but what Ray needs: threads to call from, and a call that ends with the process.
+    """Nothing but what Ray needs: threads to call from, and a call that ends with the process."""
 
-    torch is imported here and not before: its thread pool takes its size from the environment at that moment.
-    """
+    _rank: Rank
 
     def __init__(self, rank: int, settings: EngineSettings, spec: ClusterSpec) -> None:
         logs.configure(spec.log_level)
         set_variables({"OMP_NUM_THREADS": str(settings.num_threads)})
         attributes: dict[str, str | int] = {"shoal.engine": settings.engine, "shoal.rank": rank}
         telemetry.export_traces(spec.otlp_endpoint, "shoal-rank", attributes)
-        from workers.rank import Rank
-
-        self._rank: Rank = Rank(rank, settings, spec.secret.encode())
+        self._arguments = (rank, settings, spec.secret.encode())
         self._host = spec.rank_host or ray.util.get_node_ip_address()
         self._for_ever = threading.Event()
 
     def open(self) -> RankAddress:
+        """The first call. What goes wrong here is told; of an actor that fails as it is made Ray may tell nothing.
+
+        torch is imported now and not before: its thread pool takes its size from the environment at that moment.
+        """
+        from workers.rank import Rank
+
+        self._rank = Rank(*self._arguments)
         return self._rank.open(self._host)
 
     def join(self, generation: int, store: tuple[str, int], addresses: Sequence[RankAddress]) -> None:
