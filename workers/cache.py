@@ -1,8 +1,7 @@
 """The paged KV cache: its tensors, and how many blocks fit.
 
 A block holds `block_size` tokens of one sequence in every layer. Which sequence owns which block is the batcher's
-business; here a token is a slot, `block_id * block_size + offset`. Beside the blocks the layers keep the windows of
-the sequences that decode (`windows.py`), as many slots of them as a share of the blocks' (`WINDOW_SHARE`).
+business; here a token is a slot, `block_id * block_size + offset`.
 """
 
 from __future__ import annotations
@@ -11,11 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from workers.step import DecodeGroup
-
-__all__ = ["WINDOW_SHARE", "CacheSize", "KVCache", "LayerCache", "show_gib", "size_cache"]
-
-WINDOW_SHARE = 0.25
+__all__ = ["CacheSize", "KVCache", "LayerCache", "show_gib", "size_cache"]
 
 
 class KVCache:
@@ -35,22 +30,16 @@ class KVCache:
             for row in rows
         ]
 
-    def trim(self, count: int) -> None:
-        """Drops the windows of groups from number `count` on."""
-        for layer in self.layers:
-            layer.trim(count)
-
 
 class LayerCache:
     """One layer's part."""
 
-    __slots__ = ("_blocks", "_row", "_slots", "_windows")
+    __slots__ = ("_blocks", "_row", "_slots")
 
     def __init__(self, slots: torch.Tensor, block_size: int) -> None:
         self._slots = slots
         self._row = slots.shape[1]
         self._blocks = slots.view(-1, block_size * self._row)
-        self._windows: dict[int, torch.Tensor] = {}
 
     def write(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """Stores `rows` [T, row] at `slots` [T]."""
@@ -60,31 +49,13 @@ class LayerCache:
         """The rows of the blocks [len(block_ids) * block_size, row], copied together."""
         return self._blocks.index_select(0, block_ids).view(-1, self._row)
 
-    def contexts(self, group: DecodeGroup, rows: torch.Tensor) -> torch.Tensor:
-        """The window of `group` [sequences, slots of each, row]; `rows` [T, row] are the step's, written before."""
-        if group.block_ids is None:
-            window = self._windows[group.index]
-            assert group.slots is not None
-            window.view(-1, self._row).index_copy_(0, group.slots, rows[group.start : group.stop])
-            return window
-        self._windows.pop(group.index, None)
-        window = self.read(group.block_ids).view(group.stop - group.start, -1, self._row)
-        if group.keep:
-            self._windows[group.index] = window
-        return window
-
-    def trim(self, count: int) -> None:
-        """Drops the windows of groups from number `count` on."""
-        for index in [i for i in self._windows if i >= count]:
-            del self._windows[index]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSize:
     """What decides how many blocks a rank holds; all sizes in bytes.
 
-    `bytes_per_token` is over all layers, in blocks alone. `limit_bytes` is what blocks and windows may take;
-    `limit_name` says where that comes from, for the error.
+    `bytes_per_token` is over all layers. `limit_bytes` is what the cache may take; `limit_name` says where that comes
+    from, for the error.
     """
 
     bytes_per_token: int
@@ -100,7 +71,7 @@ def size_cache(size: CacheSize) -> int:
 
     Raises ValueError, saying what is needed and which setting would fit, where not even one such sequence fits.
     """
-    block_bytes = int(size.bytes_per_token * size.block_size * (1 + WINDOW_SHARE))
+    block_bytes = size.bytes_per_token * size.block_size
     blocks_per_sequence = -(-size.max_model_len // size.block_size)
     num_blocks = min(size.limit_bytes // block_bytes, blocks_per_sequence * size.max_batch_size)
     if num_blocks < blocks_per_sequence:

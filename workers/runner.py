@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from workers.cache import WINDOW_SHARE, KVCache
+from workers.cache import KVCache
 from workers.inputs import StepInputs
 from workers.model.config import ModelConfig
 from workers.model.decoder import Decoder
 from workers.model.moe import RoutingRecorder
 from workers.relocation import Relocation
 from workers.step import build_tensors
-from workers.windows import Windows
 
 __all__ = ["Report", "Runner"]
 
@@ -56,7 +55,6 @@ class Runner:
         self._decoder = decoder
         self.experts = experts
         self._cache = cache
-        self._windows = Windows(cache.block_size, int(cache.num_blocks * cache.block_size * WINDOW_SHARE))
         self._dtype = dtype
         self._device = device
         self.model_config = model_config
@@ -77,14 +75,8 @@ class Runner:
 
         Every rank of the tensor axis must run the same steps in the same order.
         """
-        try:
-            step = build_tensors(inputs, self._cache.block_size, self._windows, dtype=self._dtype, device=self._device)
-            if step.decode:
-                self._cache.trim(len(step.decode))
-            return self._decoder.forward(step, self._cache)
-        except BaseException:
-            self._windows.forget()
-            raise
+        step = build_tensors(inputs, self._cache.block_size, dtype=self._dtype, device=self._device)
+        return self._decoder.forward(step, self._cache)
 
     @torch.inference_mode()
     def keep_step(self) -> None:

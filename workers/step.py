@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 
 from workers.inputs import Ints, StepInputs
-from workers.windows import Windows
 
 __all__ = ["DecodeGroup", "PrefillChunk", "StepTensors", "build_tensors"]
 
@@ -24,22 +23,17 @@ _SPARE_SLOTS = 512
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Sequences with one token each in rows `start` to `stop`, their contexts side by side in a window.
+    """Sequences with one token each in rows `start` to `stop`, padded to the longest context.
 
-    A window has as many slots for each sequence, of which the first `context` may count. It is read anew from
-    `block_ids` [sequences * blocks] and kept for later steps if `keep`; or, where that is None, it is the one that was
-    kept as number `index`, and the new rows go to `slots` of it. `mask` [sequences, 1, 1, context] hides what is not a
-    sequence's own; None where there is nothing to hide.
+    `block_ids` [sequences * blocks of the longest] reads their contexts, of which the first `context` slots of each
+    count. `mask` [sequences, 1, 1, context] hides the padding; None where there is none.
     """
 
-    index: int
     start: int
     stop: int
+    block_ids: torch.Tensor
     context: int
     mask: torch.Tensor | None
-    block_ids: torch.Tensor | None
-    slots: torch.Tensor | None
-    keep: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +66,9 @@ class StepTensors:
     logit_rows: torch.Tensor | None
 
 
-def build_tensors(
-    inputs: StepInputs, block_size: int, windows: Windows, *, dtype: torch.dtype, device: torch.device
-) -> StepTensors:
-    """The index tensors of a step; `windows` knows what the cache's layers keep, `dtype` is that of the masks."""
-    return _Builder(inputs, block_size, dtype, device).build(windows)
+def build_tensors(inputs: StepInputs, block_size: int, *, dtype: torch.dtype, device: torch.device) -> StepTensors:
+    """The index tensors of a step; `dtype` is that of the masks."""
+    return _Builder(inputs, block_size, dtype, device).build()
 
 
 class _Builder:
@@ -98,7 +90,7 @@ class _Builder:
         self._starts = self._stops - self._num_tokens
         self._first_blocks = (inputs.num_blocks.cumsum() - inputs.num_blocks)[order]
 
-    def build(self, windows: Windows) -> StepTensors:
+    def build(self) -> StepTensors:
         inputs, num_tokens = self._inputs, self._num_tokens
         rows = np.arange(int(self._stops[-1]))
         positions = rows + np.repeat(inputs.num_computed[self._order] - self._starts, num_tokens)
@@ -107,12 +99,11 @@ class _Builder:
         blocks = inputs.block_ids[np.repeat(self._first_blocks, num_tokens) + positions // self._block_size]
         slots = blocks * self._block_size + positions % self._block_size
         logit_rows = self._logit_rows()
-        windows.written(blocks[self._num_single :])
         return StepTensors(
             self._tensor(token_ids),
             self._tensor(positions),
             self._tensor(slots),
-            self._decode(windows) if self._num_single else (),
+            tuple(self._group(start, stop) for start, stop in _groups(self._context[: self._num_single])),
             tuple(self._chunk(index, positions) for index in range(self._num_single, len(self._order))),
             None if np.array_equal(logit_rows, rows) else self._tensor(logit_rows),
         )
@@ -122,36 +113,30 @@ class _Builder:
         stops = np.empty_like(self._stops)
         stops[self._order] = self._stops
         counts = inputs.num_logits
-        return np.arange(int(counts.sum())) + np.repeat(stops - counts.cumsum(), counts)
+        rows: Ints = np.arange(int(counts.sum())) + np.repeat(stops - counts.cumsum(), counts)
+        return rows
 
-    def _decode(self, windows: Windows) -> tuple[DecodeGroup, ...]:
-        bounds = list(_groups(self._context[: self._num_single]))
-        windows.trim(len(bounds))
-        return tuple(self._group(windows, index, start, stop) for index, (start, stop) in enumerate(bounds))
-
-    def _group(self, windows: Windows, index: int, start: int, stop: int) -> DecodeGroup:
+    def _group(self, start: int, stop: int) -> DecodeGroup:
         lengths = self._context[start:stop]
         context = int(lengths[-1])
         mask = None
         if int(lengths[0]) != context:
             mask = self._mask((np.arange(context) >= lengths[:, None])[:, None, None, :])
-        fill = windows.fill(index, self._blocks(start, stop), lengths)
-        block_ids = None if fill.block_ids is None else self._tensor(fill.block_ids)
-        slots = None if fill.slots is None else self._tensor(fill.slots)
-        return DecodeGroup(index, start, stop, context, mask, block_ids, slots, fill.keep)
+        return DecodeGroup(start, stop, self._tensor(self._blocks(start, stop)), context, mask)
 
     def _chunk(self, index: int, positions: Ints) -> PrefillChunk:
         start, stop, context = int(self._starts[index]), int(self._stops[index]), int(self._context[index])
         if stop - start == context:
             return PrefillChunk(start, stop, None, context, None)
         mask = self._mask(np.arange(context) > positions[start:stop, None])
-        return PrefillChunk(start, stop, self._tensor(self._blocks(index, index + 1).reshape(-1)), context, mask)
+        return PrefillChunk(start, stop, self._tensor(self._blocks(index, index + 1)), context, mask)
 
     def _blocks(self, start: int, stop: int) -> Ints:
-        """The contexts' blocks [sequences, blocks of the longest], the shorter ones filled up with their last."""
+        """The contexts' blocks [sequences * blocks of the longest], the shorter ones filled up with their last."""
         needed = -(-self._context[start:stop] // self._block_size)
         columns = np.minimum(np.arange(int(needed.max())), needed[:, None] - 1)
-        return self._inputs.block_ids[self._first_blocks[start:stop, None] + columns]
+        blocks: Ints = self._inputs.block_ids[self._first_blocks[start:stop, None] + columns]
+        return blocks.reshape(-1)
 
     def _mask(self, hidden: NDArray[np.bool_]) -> torch.Tensor:
         zeros = torch.zeros(hidden.shape, dtype=self._dtype)
@@ -170,4 +155,5 @@ def _groups(context: Ints) -> Iterator[tuple[int, int]]:
             yield start, index
             start, total = index, 0
         total += length
-    yield start, len(context)
+    if len(context):
+        yield start, len(context)

@@ -91,11 +91,11 @@ class GroupedQueryAttention:
 
     def _decode(self, qkv: torch.Tensor, group: DecodeGroup, cache: LayerCache) -> torch.Tensor:
         # Every view costs a microsecond and a layer is run some thirty times a token: one strided view each.
-        kept = cache.contexts(group, qkv[:, self._query_end :])
+        kept = cache.read(group.block_ids)
         sequences, row = group.stop - group.start, self.cache_row
         kv_heads, width = self._kv_heads, self._width
         shape = (sequences, kv_heads, group.context, width)
-        strides = (kept.shape[1] * row, width, row, 1)
+        strides = (len(kept) // sequences * row, width, row, 1)
         q = qkv.as_strided(
             (sequences, kv_heads, self._group, width),
             (qkv.shape[1], self._group * width, width, 1),

@@ -129,7 +129,7 @@ class LatentAttention:
         self._kernels.rotate_(q_THD[..., self._mla.nope_dim :], *rotation)
         self._kernels.rotate_(key.unsqueeze(1), *rotation)
         cache.write(step.slots, rows)
-        parts = [self._decode(q_THD[: step.decode[-1].stop], rows, step.decode, cache)] if step.decode else []
+        parts = [self._decode(q_THD[: step.decode[-1].stop], step.decode, cache)] if step.decode else []
         for chunk in step.prefill:
             kept = rows[chunk.start : chunk.stop]
             if chunk.block_ids is not None:
@@ -138,13 +138,12 @@ class LatentAttention:
             parts.append(attend(q_THD[chunk.start : chunk.stop], kept, chunk.mask))
         return self._out.plus(parts[0] if len(parts) == 1 else torch.cat(parts), x)
 
-    def _decode(
-        self, q_THD: torch.Tensor, rows: torch.Tensor, groups: tuple[DecodeGroup, ...], cache: LayerCache
-    ) -> torch.Tensor:
+    def _decode(self, q_THD: torch.Tensor, groups: tuple[DecodeGroup, ...], cache: LayerCache) -> torch.Tensor:
         q = self._absorb(q_THD).unsqueeze(1)
         parts = []
         for group in groups:
-            kept = cache.contexts(group, rows)[:, : group.context].unsqueeze(1)
+            kept = cache.read(group.block_ids).view(group.stop - group.start, 1, -1, self.cache_row)
+            kept = kept[:, :, : group.context]
             # The whole row serves as value, because fast kernels want values as wide as keys; its key is cut off after.
             part = self._kernels.attend_decode(q[group.start : group.stop], kept, kept, group.mask, self._scale)
             parts.append(part)

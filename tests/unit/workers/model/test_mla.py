@@ -21,7 +21,6 @@ from workers.model.sharding import Shard, shard_parameters
 from workers.parallel.collectives import SingleRank
 from workers.step import build_tensors
 from workers.weights.random_checkpoint import SHAPES
-from workers.windows import Windows
 
 BLOCK_SIZE = 4
 _V3 = MLAConfig(q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128, interleaved=True)
@@ -44,13 +43,12 @@ def _attention(config: ModelConfig, expands: Callable[[MLAConfig, int, int], boo
 
 
 def _run(attention: LatentAttention, config: ModelConfig, x: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
-    windows = Windows(BLOCK_SIZE, 1000)
     cache = KVCache([attention.cache_row], 32, BLOCK_SIZE, dtype=x.dtype, device=x.device)
     rotary = rotary_table(config.rope, config.head_dim, 64, dtype=x.dtype, device=x.device)
     sequence = Sequence_([0] * len(x), [9, 2, 30, 4, 11, 17, 0, 5, 21, 8])
     parts = []
     for count in counts:
-        step = build_tensors(step_of([(sequence, count, count)]), BLOCK_SIZE, windows, dtype=x.dtype, device=x.device)
+        step = build_tensors(step_of([(sequence, count, count)]), BLOCK_SIZE, dtype=x.dtype, device=x.device)
         rows = x[sequence.num_computed : sequence.num_computed + count].clone()
         parts.append(attention(rows, rotary.rows(step.positions), step, cache.layers[0]))
         sequence.num_computed += count
