@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-__all__ = ["main", "serve_main"]
+__all__ = ["convert_main", "main", "serve_main"]
 
 
 def main() -> None:
@@ -19,3 +19,10 @@ def serve_main() -> None:
     from cluster.cli.commands import app
 
     app(args=["serve", *sys.argv[1:]], prog_name="shoal")
+
+
+def convert_main() -> None:
+    """`deepseek-convert`: another name of `shoal convert`."""
+    from cluster.cli.commands import app
+
+    app(args=["convert", *sys.argv[1:]], prog_name="shoal")

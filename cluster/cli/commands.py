@@ -109,6 +109,28 @@ def status(
     show(address, api_key, as_json=as_json)
 
 
+@app.command("convert")
+def convert_checkpoint(
+    source: Annotated[Path | None, typer.Argument(help="A model folder.", show_default=False)] = None,
+    target: Annotated[Path | None, typer.Argument(help="Where to write; empty or new.", show_default=False)] = None,
+    quantization: Annotated[str, typer.Option(help="none, fp8 or int8, of the projections.")] = "none",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32, of the rest.")] = "bfloat16",
+    max_shard_size: Annotated[str, typer.Option(help="Of each file.")] = "4GB",
+    verify: Annotated[
+        Path | None, typer.Option(help="Only check a converted folder against its checksums.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a checkpoint in another dtype or quantization. The same command again goes on where it was cut off."""
+    from cluster.cli.convert import check, run
+
+    if verify is not None:
+        check(verify)
+    elif source is None or target is None:
+        raise typer.BadParameter("name the folder to read and the folder to write")
+    else:
+        run(source, target, quantization=quantization, dtype=dtype, max_shard_size=max_shard_size)
+
+
 @app.command("plan-experts")
 def plan_experts(
     recording: Annotated[Path, typer.Argument(help="A folder that `inference.record_routing` named.")],

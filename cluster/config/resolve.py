@@ -40,7 +40,7 @@ def _engine_settings(config: Config, model: ModelFacts, machine: Machine, name: 
     ranks_here = plan.num_ranks * config.cluster.engines
     max_model_len = _max_model_len(config, model)
     memory_limit = parse_share_or_size(resources.memory_limit, machine.memory_bytes, "resources.memory_limit")
-    if device == "cpu":
+    if device == "cpu" and inference.quantization == "none":  # what quantized weights take, the ranks find out
         _check_weights_fit(model, dtype, plan, config.cluster.engines, min(memory_limit, machine.free_bytes))
     balance = inference.expert_balance
     if balance is not None and (plan.data == 1 or model.config.moe is None):

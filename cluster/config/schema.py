@@ -68,7 +68,7 @@ class InferenceSection:
 
     __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
     dtype: Auto | Literal["bfloat16", "float16", "float32"] = "auto"
-    quantization: Literal["none"] = "none"
+    quantization: Literal["none", "fp8", "int8"] = "none"
     max_batch_size: AtLeastOne = 64
     max_batch_tokens: AtLeastOne = 2048
     max_model_len: Auto | AtLeastOne = "auto"

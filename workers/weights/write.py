@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["TensorSpec", "write_checkpoint"]
+__all__ = ["DTYPE_NAMES", "TensorSpec", "split_files", "write_checkpoint"]
 
-_NAMES = {
+DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -50,11 +50,10 @@ def write_checkpoint(
     max_file_bytes: int = 4 << 30,
 ) -> None:
     """Writes `specs` in their order, in one file or in several with an index; `make` gives the values of one."""
-    files = _split(specs, max_file_bytes)
+    files = split_files(specs, max_file_bytes)
     total = sum(spec.size_bytes for spec in specs)
     weight_map: dict[str, str] = {}
-    for number, part in enumerate(files, start=1):
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+    for name, part in files:
         _write_file(folder / name, part, make)
         weight_map |= {spec.name: name for spec in part}
     if len(files) > 1:
@@ -62,7 +61,8 @@ def write_checkpoint(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _split(specs: Sequence[TensorSpec], max_file_bytes: int) -> list[list[TensorSpec]]:
+def split_files(specs: Sequence[TensorSpec], max_file_bytes: int) -> list[tuple[str, list[TensorSpec]]]:
+    """The files of a checkpoint by name, each with what it holds."""
     files: list[list[TensorSpec]] = [[]]
     size_bytes = 0
     for spec in specs:
@@ -71,7 +71,9 @@ def _split(specs: Sequence[TensorSpec], max_file_bytes: int) -> list[list[Tensor
             size_bytes = 0
         files[-1].append(spec)
         size_bytes += spec.size_bytes
-    return files
+    if len(files) == 1:
+        return [("model.safetensors", files[0])]
+    return [(f"model-{n:05d}-of-{len(files):05d}.safetensors", part) for n, part in enumerate(files, start=1)]
 
 
 def _write_file(path: Path, specs: Sequence[TensorSpec], make: Callable[[TensorSpec], torch.Tensor]) -> None:
@@ -79,7 +81,7 @@ def _write_file(path: Path, specs: Sequence[TensorSpec], make: Callable[[TensorS
     offset = 0
     for spec in specs:
         end = offset + spec.size_bytes
-        header[spec.name] = {"dtype": _NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [offset, end]}
+        header[spec.name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # data begins at a multiple of eight
