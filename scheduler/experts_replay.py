@@ -45,7 +45,7 @@ class Outcome:
 def read_recording(folder: Path, *, tokens_per_part: int = 256) -> Recording:
     """The files that `inference.record_routing` made. Raises ValueError where there are none, or they do not match."""
     layers: tuple[int, ...] | None = None
-    parts = []
+    parts: list[NDArray[np.int64]] = []
     for path in sorted(folder.glob("*.npz")):
         with np.load(path, allow_pickle=False) as file:
             experts, found, num_experts = file["experts"], tuple(map(int, file["layers"])), int(file["num_experts"])

@@ -364,6 +364,8 @@ class Rank:
             self._membership.hang_up()
         if self._pulse is not None:
             self._pulse.close()
+        if self._experts is not None:
+            self._experts.end()
 
     def _follow(self, membership: Membership, runner: Runner) -> None:
         assert membership.receiver is not None
