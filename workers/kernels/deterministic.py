@@ -103,9 +103,8 @@ class DeterministicKernels(ReferenceKernels):
         return _TiledLinear(self._base.linear(weight, bias))
 
     def gated_linear(self, weight: Weight, bias: torch.Tensor | None) -> GatedLinear:
-        if self._base.packs_weights and isinstance(
-            weight, torch.Tensor
-        ):  # the activation is oneDNN's, which treats all elements alike
+        if self._base.packs_weights and isinstance(weight, torch.Tensor):
+            # the activation is oneDNN's, which treats all elements alike
             return _TiledGatedLinear(self._base.gated_linear(weight, bias))
         return _TiledGatedLinear(_GatedLinear(self._base.linear(weight, bias)))
 

@@ -29,10 +29,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: make_model(tmp_path_factory.mktemp(name), name) for name in MODELS}
 
 
-@pytest.fixture(scope="module", params=itertools.product(MODELS, ("bfloat16", "float32")), ids="-".join)
+CASES = (*itertools.product(MODELS, ("bfloat16", "float32"), ("none",)), ("deepseek", "bfloat16", "int8"))
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def ranks(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Iterator[Ranks]:
-    name, dtype = request.param
-    ranks = Ranks(folders[name], dtype=dtype, **SETTINGS)
+    name, dtype, quantization = request.param
+    ranks = Ranks(folders[name], dtype=dtype, quantization=quantization, **SETTINGS)
     yield ranks
     ranks.close()
 
