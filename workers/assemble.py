@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,16 @@ from workers.parallel.plan import RankPlace
 from workers.relocation import Relocation
 from workers.runner import Report, Runner
 from workers.settings import EngineSettings
+from workers.weights.disk import measure
 from workers.weights.experts import ExpertReader
 from workers.weights.form import Form
-from workers.weights.index import read_index
+from workers.weights.index import TensorEntry, read_index
 from workers.weights.layout import has_fused_experts, log_skipped_layers
 from workers.weights.load import Progress, WeightReader
 
 __all__ = ["assemble", "check_plan", "spreads_experts"]
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -76,6 +81,7 @@ def assemble(
         def take(name: str) -> Weight | None:
             return move(reader.read(name), device) if name in reader else None
 
+        reading_s = time.monotonic()
         with torch.inference_mode():
             decoder = build_decoder(
                 shard,
@@ -88,6 +94,7 @@ def assemble(
                 device=device,
             )
         bytes_read = reader.bytes_read
+        _log_speed(index, bytes_read, time.monotonic() - reading_s)
     cache = _cache(settings, decoder, weight_bytes, tensor, dtype, device)
     report = Report(
         architecture=config.architecture,
@@ -109,6 +116,15 @@ def assemble(
             decoder.mixtures, ExpertReader(shard, folder, index, dtype, device, hold=settings.quantization)
         )
     return Runner(decoder, cache, model_config=config, report=report, experts=experts, dtype=dtype, device=device)
+
+
+def _log_speed(index: Mapping[str, TensorEntry], bytes_read: int, seconds: float) -> None:
+    """Beside the disk's own speed; reading, converting and packing are in ours."""
+    path = max((entry.path for entry in index.values()), key=lambda path: path.stat().st_size)
+    rate = bytes_read / max(seconds, 1e-9) / 1e9
+    log.info(
+        "loaded %.2f GB in %.2f s, %.2f GB/s; the disk alone gives %s", bytes_read / 1e9, seconds, rate, measure(path)
+    )
 
 
 def spreads_experts(settings: EngineSettings) -> bool:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.unit.workers.model.stepping import TOLERANCE, run, sequences
+from tests.unit.workers.ranks import Ranks
 from workers.kernels.quantized import quantize_int8
 from workers.model.quantization import BlockQuantization
 from workers.weights.convert import MANIFEST, Conversion, convert, verify
@@ -136,3 +138,20 @@ def test_refuses_to_overwrite(source: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("")
     with pytest.raises(ValueError, match="not empty"):
         convert(source, tmp_path, Conversion(), _quiet)
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "int8"])
+def test_what_is_written_runs_as_its_values_do(source: Path, tmp_path: Path, quantization: str) -> None:
+    small, back = tmp_path / "small", tmp_path / "back"
+    convert(source, small, Conversion(quantization=quantization, dtype="float32"), _quiet)
+    convert(small, back, Conversion(dtype="float32"), _quiet)
+    logits = []
+    for folder, held in ((back, "none"), (small, "none"), (small, quantization)):
+        ranks = Ranks(folder, quantization=held)
+        (sequence,) = sequences(1, seed=3)
+        sequence.token_ids = [token % 96 for token in sequence.token_ids]
+        run(ranks, [(sequence, len(sequence.token_ids))])
+        ranks.close()
+        logits.append(sequence.logits[0])
+    for other in logits[1:]:
+        torch.testing.assert_close(other, logits[0], rtol=0, atol=TOLERANCE)
