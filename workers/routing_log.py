@@ -1,6 +1,6 @@
 """Writes every expert choice to files, to try placements on (`scheduler/experts_replay.py`).
 
-Each file holds some thousand tokens: `experts` [layers, tokens, choices], `layers`, and `num_experts`.
+Each file holds a thousand tokens or a few more: `experts` [layers, tokens, choices], `layers`, and `num_experts`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ __all__ = ["RoutingLog"]
 
 log = logging.getLogger(__name__)
 
-_TOKENS_PER_FILE = 8192
+# What is not in a file yet is lost with a rank that is killed, which is how engines end.
+_TOKENS_PER_FILE = 1024
 
 
 class RoutingLog:
