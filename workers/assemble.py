@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from workers.cache import CacheSize, KVCache, show_gib, size_cache
+from workers.cache import CacheSize, KVCache, show_size, size_cache
 from workers.kernels.quantized import Weight, move
 from workers.kernels.seam import Kernels
 from workers.kernels.select import select_kernels
@@ -186,7 +186,7 @@ def _check_weights_fit(settings: EngineSettings, weight_bytes: int, device: torc
         limit_bytes, name = settings.memory_limit_bytes, "the rank's part of resources.memory_limit"
     if weight_bytes > limit_bytes:
         raise ValueError(
-            f"the model's weights need {show_gib(weight_bytes)} per rank and may take {show_gib(limit_bytes)} "
+            f"the model's weights need {show_size(weight_bytes)} per rank and may take {show_size(limit_bytes)} "
             f"({name}); raise that, or parallel.tensor, or choose a smaller inference.dtype"
         )
 

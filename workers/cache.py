@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["CacheSize", "KVCache", "LayerCache", "show_gib", "size_cache"]
+__all__ = ["CacheSize", "KVCache", "LayerCache", "show_size", "size_cache"]
 
 
 class KVCache:
@@ -78,13 +78,14 @@ def size_cache(size: CacheSize) -> int:
         fits = max(0, size.limit_bytes // block_bytes) * size.block_size
         advice = f"lower inference.max_model_len to {fits} or less, or raise" if fits else "raise"
         raise ValueError(
-            f"the KV cache needs {show_gib(blocks_per_sequence * block_bytes)} for one sequence of "
-            f"inference.max_model_len {size.max_model_len} and has {show_gib(size.limit_bytes)} ({size.limit_name}); "
+            f"the KV cache needs {show_size(blocks_per_sequence * block_bytes)} for one sequence of "
+            f"inference.max_model_len {size.max_model_len} and has {show_size(size.limit_bytes)} ({size.limit_name}); "
             f"{advice} that memory"
         )
     return num_blocks
 
 
-def show_gib(size_bytes: int) -> str:
-    """For messages, such as "1.25 GiB"."""
-    return f"{max(0, size_bytes) / 2**30:.3g} GiB"
+def show_size(size_bytes: int) -> str:
+    """For messages, such as "1.25 GiB" or "80 MiB"."""
+    unit, name = (2**30, "GiB") if size_bytes >= 2**30 else (2**20, "MiB")
+    return f"{max(0, size_bytes) / unit:.3g} {name}"

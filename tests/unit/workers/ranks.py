@@ -21,6 +21,7 @@ from workers.settings import EngineSettings
 
 __all__ = ["Ranks", "Sequence_", "memory_axis", "settings_for", "step_of"]
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -97,7 +98,7 @@ class Ranks:
     def close(self) -> None:
         self._pool.shutdown()
 
-    def _all(self, ranks: Sequence[object], act: Callable[[object], T]) -> list[T]:  # type: ignore[misc]
+    def _all(self, ranks: Sequence[R], act: Callable[[R], T]) -> list[T]:
         return list(self._pool.map(act, ranks))
 
 
