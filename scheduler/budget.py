@@ -9,6 +9,7 @@ __all__ = ["StepTimeModel", "prefill_budget"]
 
 _WINDOW = 9
 _RECENT = 0.95  # what an observation's weight keeps with each one that follows
+_DRIFT = 0.5
 _LEAST_WEIGHT = 0.01
 
 
@@ -40,6 +41,7 @@ class StepTimeModel:
         self._sizes: dict[int, _Size] = {}
         self._num_observed = 0
         self._line: tuple[float, float] | None = None
+        self._drift = 1.0
 
     @property
     def num_observed(self) -> int:
@@ -59,6 +61,9 @@ class StepTimeModel:
         """Learn from a step. One that took no time teaches nothing."""
         if step_s <= 0.0:
             return
+        if self.ready:
+            ratio = step_s / self.step_s(num_tokens)
+            self._drift += _DRIFT * (min(max(ratio, 0.5), 2.0) - self._drift)
         self._num_observed += 1
         size = self._sizes.setdefault(num_tokens.bit_length(), _Size())
         size.add(num_tokens, step_s, self._num_observed)
@@ -70,9 +75,12 @@ class StepTimeModel:
         return fixed_s + token_s * num_tokens
 
     def tokens_within(self, step_s: float) -> float:
-        """How many tokens a step of that length holds; below 0 where it cannot even begin."""
+        """How many tokens a step of that length holds now; below 0 where it cannot even begin.
+
+        "Now", because steps like the last ones may take longer than the line says: their contexts grow.
+        """
         fixed_s, token_s = self._fit()
-        return (step_s - fixed_s) / token_s if token_s > 0.0 else float("inf")
+        return (step_s / self._drift - fixed_s) / token_s if token_s > 0.0 else float("inf")
 
     def _fit(self) -> tuple[float, float]:
         if self._line is None:
