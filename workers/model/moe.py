@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch.nn import functional as F
 
 from workers.kernels.seam import GatedLinear, Kernels, Linear, Norm
 from workers.model.experts import Experts
@@ -33,7 +32,7 @@ class Gate:
     def __init__(
         self, weight: torch.Tensor, rule: GateRule, correction_bias: torch.Tensor | None, kernels: Kernels
     ) -> None:
-        self._weight = weight
+        self._weight = weight.t().contiguous()
         self._rule = rule
         self._correction_bias = correction_bias
         self._kernels = kernels
@@ -50,7 +49,7 @@ class Gate:
         return Routing(*self._kernels.by_rows(self._choose, x))
 
     def _choose(self, x: torch.Tensor) -> Routing:
-        return choose_experts(F.linear(x.float(), self._weight), self._rule, self._correction_bias)
+        return choose_experts(torch.mm(x.float(), self._weight), self._rule, self._correction_bias)
 
 
 class SharedExperts:

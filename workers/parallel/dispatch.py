@@ -29,6 +29,10 @@ __all__ = [
 ]
 
 
+# Elements that are summed at a time on a CPU, so that in fp32 they stay in its cache.
+_CACHED = 1 << 18
+
+
 class Routing(NamedTuple):
     """For T tokens: expert ids [T, K] int64, ascending in each row, and their weights [T, K] fp32."""
 
@@ -68,16 +72,35 @@ def group_by_expert(slots: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, 
     return order, torch.bincount(slots, minlength=num_slots)
 
 
-def weighted_sum(y_TKD: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-    """`sum_k weights[t, k] * y[t, k]` in fp32, left to right over k, in the dtype of `y` [T, D].
+def weighted_sum(y_RD: torch.Tensor, order: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    """`sum_k weights[t, k] * y[row of (t, k)]` in fp32, left to right over k, in the dtype of `y` [T, D].
 
-    A library's reduction may split the sum in a way that depends on the shape; this one never does.
+    `order[r]` is the flat (t, k) of row r; a choice without a row counts as zeros. A library's reduction may split the
+    sum in a way that depends on the shape; this one never does.
     """
+    (num_tokens, top_k), width = weights_TK.shape, y_RD.shape[1]
+    row_of = order.new_full((num_tokens * top_k,), len(order))
+    row_of.scatter_(0, order, torch.arange(len(order), device=order.device))
+    if len(order) < num_tokens * top_k:
+        y_RD = torch.cat((y_RD, y_RD.new_zeros(1, width)))
+    step = max(1, _CACHED // (top_k * width) if y_RD.device.type == "cpu" else num_tokens)
+    if num_tokens <= step:
+        return _sum_tile(y_RD, row_of, weights_TK).to(y_RD.dtype)
+    out = y_RD.new_empty(num_tokens, width)
+    for start in range(0, num_tokens, step):
+        rows = row_of[start * top_k : (start + step) * top_k]
+        out[start : start + step] = _sum_tile(y_RD, rows, weights_TK[start : start + step])
+    return out
+
+
+def _sum_tile(y_RD: torch.Tensor, row_of: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    top_k = weights_TK.shape[1]
+    y = y_RD.index_select(0, row_of).float().view(-1, top_k, y_RD.shape[1])
     weights = weights_TK.unsqueeze(-1)
-    total = y_TKD[:, 0].float() * weights[:, 0]
-    for k in range(1, y_TKD.shape[1]):
-        total.addcmul_(y_TKD[:, k].float(), weights[:, k])
-    return total.to(y_TKD.dtype)
+    total = y[:, 0] * weights[:, 0]
+    for k in range(1, top_k):
+        total.addcmul_(y[:, k], weights[:, k])
+    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +125,7 @@ class LocalDispatch:
         return ExpertRows(rows, counts.tolist()), LocalHandle(order, routing.weights)
 
     def combine(self, y_RD: torch.Tensor, handle: LocalHandle) -> torch.Tensor:
-        y = torch.empty_like(y_RD).index_copy_(0, handle.order, y_RD)
-        return weighted_sum(y.view(*handle.weights.shape, y.shape[-1]), handle.weights)
+        return weighted_sum(y_RD, handle.order, handle.weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,5 +160,4 @@ class ShareDispatch:
         return ExpertRows(rows, ours), ShareHandle(order, routing.weights)
 
     def combine(self, y_RD: torch.Tensor, handle: ShareHandle) -> torch.Tensor:
-        y = y_RD.new_zeros(handle.weights.numel(), y_RD.shape[1]).index_copy_(0, handle.order, y_RD)
-        return weighted_sum(y.view(*handle.weights.shape, y.shape[-1]), handle.weights)
+        return weighted_sum(y_RD, handle.order, handle.weights)
