@@ -86,6 +86,8 @@ def start_ray(num_cpus: int, cores: int) -> RaySession:
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
         set_variables({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
+    # Ray runs its workers at nice 15, behind everything else on the machine: ranks and front doors are what it is for.
+    set_variables({"RAY_worker_niceness": "0"})
     _quieten()
     if num_cpus > cores:
         log.info("%d cores are shared by ranks that ask for %d threads", cores, num_cpus)
