@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 __all__ = ["CacheSize", "KVCache", "LayerCache", "show_size", "size_cache"]
@@ -26,9 +27,15 @@ class KVCache:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.layers = [
-            LayerCache(torch.zeros(num_blocks * block_size, row, dtype=dtype, device=device), block_size)
-            for row in rows
+            LayerCache(_zeros(num_blocks * block_size, row, dtype=dtype, device=device), block_size) for row in rows
         ]
+
+
+def _zeros(slots: int, row: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros [slots, row]. torch writes every zero, numpy takes fresh pages of the system, which are zero already."""
+    if device.type != "cpu":
+        return torch.zeros(slots, row, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(slots * row * dtype.itemsize, np.uint8)).view(dtype).view(slots, row)
 
 
 class LayerCache:
