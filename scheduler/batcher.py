@@ -15,6 +15,7 @@ later; the one with the smallest key always goes on, so some sequence always end
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from collections.abc import Callable
 from itertools import count
 
@@ -62,10 +63,12 @@ class Batcher:
         self._open: dict[str, Sequence] = {}
         self._deadlines = Deadlines(max_queue_s=settings.max_queue_s)
         self._events: list[Event] = []
-        self._flight: Flight | None = None
+        self._flights: deque[Flight] = deque()  # in the order in which they run
         self._tickets = count()
         self._step = 0
         self._step_s = 0.0
+        self._committed_s = 0.0
+        self._some_finished = False
         self._num_preemptions = 0
 
     @property
@@ -111,14 +114,13 @@ class Batcher:
         return True
 
     def fail(self, error: str) -> None:
-        """End every open request with `error`; the step in flight, if there is one, must not be committed."""
-        if self._flight is not None:
-            for sequence in self._flight.sequences:
-                sequence.num_scheduled = 0
+        """End every open request with `error`; what is in flight must not be committed."""
+        while self._flights:
+            for sequence in self._flights.popleft().sequences:
+                sequence.num_scheduled = sequence.num_awaited = 0
                 if sequence.state is State.ENDING:
                     self._land(sequence)
-            self._flight = None
-            self._drop_finished()
+        self._drop_finished()
         for sequence in list(self._open.values()):
             self._end(sequence, FinishReason.FAILED, error)
 
@@ -129,46 +131,75 @@ class Batcher:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None where no request is left. Each plan must be committed before the next."""
-        assert self._flight is None, "the last plan was not committed"
+        assert not self._flights, "the last plan was not committed"
         now_s = self._clock()
         self._expire(now_s)
         if self.settings.preempt_lower:
             self._make_way()
-        draft = Draft(
-            num_tokens=self.settings.max_batch_tokens,
-            num_prompt_logits=self.settings.max_prompt_logits,
-        )
+        draft = self._new_draft()
         self._schedule_decodes(draft)
-        self._schedule_prefills(draft, now_s)
-        self._flight = draft.close(generation=self.generation, step=self._step + 1, now_s=now_s)
-        if self._flight is None:
-            assert not self._open, "open requests, and none can run"
+        prefills = [sequence for sequence in self._running if sequence.num_scheduled == 0]
+        self._schedule_prefills(draft, prefills, now_s)
+        plan = self._fly(draft, now_s)
+        assert plan is not None or not self._open, "open requests, and none can run"
+        return plan
+
+    def schedule_ahead(self) -> StepPlan | None:
+        """The step after the one in flight, made while that one runs, as if none of its sequences ended by it.
+
+        It must run after the commit of the one in flight, which puts the tokens that it needs into the histories; what
+        it computes for a sequence that has ended by then is dropped. None where the next step cannot be told, because
+        somebody must be preempted or nobody can go on: commit, and `schedule`.
+        """
+        assert len(self._flights) == 1, f"{len(self._flights)} plans are in flight"
+        now_s = self._clock()
+        self._expire(now_s)
+        draft = self._new_draft()
+        ready = [sequence for sequence in self._running if _may_go_ahead(sequence)]
+        decodes = [sequence for sequence in ready if sequence.num_remaining == 1]
+        block_size = self._tables.pool.block_size
+        growing = [one for one in decodes if len(one.block_ids) * block_size <= one.num_dispatched]
+        if not self._tables.pool.can_allocate(len(growing)):
             return None
-        self._step += 1
-        return self._flight.plan
+        for sequence in growing:
+            # A new list: the runner may not have read the table yet that the plan in flight shows.
+            sequence.block_ids = sequence.block_ids + self._tables.pool.allocate(1)
+        draft.add_decodes(decodes)
+        self._schedule_prefills(draft, [sequence for sequence in ready if sequence.num_remaining > 1], now_s)
+        return self._fly(draft, now_s)
 
     def commit(self, plan: StepPlan, result: StepResult, *, step_s: float | None = None) -> list[Event]:
         """Take in the results of the plan in flight: one event for each sequence that sampled a token.
 
         `step_s` is how long the step ran, where that is known better than by the time since `schedule`.
         """
-        flight = self._flight
-        assert flight is not None, "no plan is in flight"
+        assert self._flights, "no plan is in flight"
+        flight = self._flights[0]
         assert flight.plan is plan, "not the plan in flight"
         assert len(result.sequences) == len(flight.sequences)
-        self._flight = None
+        self._flights.popleft()
         now_s = self._clock()
-        self._step_s = now_s - flight.scheduled_s if step_s is None else step_s
+        self._step_s = now_s - max(flight.scheduled_s, self._committed_s) if step_s is None else step_s
+        self._committed_s = now_s
         self._gate.observe_step(flight.num_tokens, len(flight.sequences), self._step_s)
         if self._ledger is not None:
             parts = zip(flight.sequences, plan.sequences, strict=True)
             self._ledger.served(sequence for sequence, part in parts if part.samples)
         events: list[Event] = []
-        for sequence, made in zip(flight.sequences, result.sequences, strict=True):
-            if sequence.state is State.ENDING:
-                self._land(sequence)
+        advance, ending = self._advance, State.ENDING
+        for sequence, part, made in zip(flight.sequences, plan.sequences, result.sequences, strict=True):
+            sequence.num_computed += part.num_tokens
+            sequence.num_scheduled -= part.num_tokens
+            if part.samples:
+                sequence.num_awaited -= 1
+                assert made.token_id is not None, f"{sequence.key} was to sample a token"
+            if sequence.state is ending:
+                if made.token_id is not None:
+                    sequence.token_ids.append(made.token_id)  # nobody hears of it, but the next step may run it
+                if not sequence.num_scheduled:
+                    self._land(sequence)
                 continue
-            event = self._advance(sequence, made, now_s)
+            event = advance(sequence, made, now_s)
             if event is not None:
                 events.append(event)
         self._drop_finished()
@@ -190,7 +221,7 @@ class Batcher:
 
     def check_integrity(self) -> None:
         """Assert everything that must hold between two calls. Costs a walk over all sequences and blocks."""
-        in_flight = set(self._flight.sequences) if self._flight is not None else set()
+        in_flight = {sequence for flight in self._flights for sequence in flight.sequences}
         waiting = list(self._waiting)
         running = [sequence for sequence in self._running if sequence.state is State.RUNNING]
         assert len(self._running) <= self.settings.max_running
@@ -199,7 +230,7 @@ class Batcher:
         assert self._waiting.num_tokens == sum(len(sequence.token_ids) for sequence in waiting)
         check_waiting(waiting)
         check_running(self._running, in_flight, self._tables.pool)
-        assert all(self._open.get(sequence.request.key) is sequence for sequence in self._deadlines)
+        assert all(self._open.get(sequence.key) is sequence for sequence in self._deadlines)
 
     def _expire(self, now_s: float) -> None:
         while (sequence := self._deadlines.expired(now_s)) is not None:
@@ -226,13 +257,26 @@ class Batcher:
             victims.append(victim)
             num_gained += self._tables.pool.num_owned_alone(victim.block_ids)
 
+    def _new_draft(self) -> Draft:
+        return Draft(num_tokens=self.settings.max_batch_tokens, num_prompt_logits=self.settings.max_prompt_logits)
+
+    def _fly(self, draft: Draft, now_s: float) -> StepPlan | None:
+        """The draft's plan, in flight from now on; None where nothing is in it."""
+        flight = draft.close(generation=self.generation, step=self._step + 1, now_s=now_s)
+        if flight is None:
+            return None
+        self._step += 1
+        self._flights.append(flight)
+        return flight.plan
+
     def _schedule_decodes(self, draft: Draft) -> None:
         """Schedule every running sequence that has one token to run; none of the others ever lacks blocks."""
-        pool = self._tables.pool
+        pool, running = self._tables.pool, self._running
         block_size = pool.block_size
+        decodes: list[Sequence] = []
         index = 0
-        while index < len(self._running):
-            sequence = self._running[index]
+        while index < len(running):
+            sequence = running[index]
             index += 1
             num_tokens = len(sequence.token_ids)
             if num_tokens - sequence.num_computed != 1:
@@ -240,9 +284,10 @@ class Batcher:
             if len(sequence.block_ids) * block_size < num_tokens:
                 self._make_room()
                 if sequence.state is not State.RUNNING:
-                    return
+                    break
                 sequence.block_ids += pool.allocate(1)
-            draft.add_decode(sequence)
+            decodes.append(sequence)
+        draft.add_decodes(decodes)
 
     def _make_room(self) -> None:
         """Preempt from the end of the running ones until a block is free.
@@ -264,10 +309,10 @@ class Batcher:
         self._num_preemptions += 1
         self._waiting.push(victim)
 
-    def _schedule_prefills(self, draft: Draft, now_s: float) -> None:
+    def _schedule_prefills(self, draft: Draft, prefills: list[Sequence], now_s: float) -> None:
+        """Share what the draft has left between these, and those that can be admitted."""
         num_tokens = self._gate.prefill_budget(draft.num_tokens, draft.num_tokens_left)
         draft.limit(num_tokens)
-        prefills = [sequence for sequence in self._running if sequence.num_scheduled == 0]
         self._tables.advance(prefills)
         self._admit(prefills, num_tokens, now_s)
         for sequence, to_leave in turns(prefills, num_tokens):
@@ -307,56 +352,59 @@ class Batcher:
             num_wanted += sequence.num_remaining
 
     def _advance(self, sequence: Sequence, made: SequenceResult, now_s: float) -> Event | None:
-        """Move a sequence past its part of the step; the event of its new token where there is one."""
-        sequence.num_computed += sequence.num_scheduled
-        sequence.num_scheduled = 0
-        if self._tables.prefixes is not None:
-            self._tables.prefixes.publish(sequence)
+        """What a step made of a sequence that goes on: the event of its new token, where there is one."""
+        if sequence.num_computed // self.settings.block_size > sequence.num_published:
+            self._tables.publish(sequence)
         if sequence.predicts_prompt:
             sequence.take_prompt_logprobs(made.prompt_logprobs)
-        if sequence.num_remaining:
-            return None
         token_id = made.token_id
-        assert token_id is not None, f"{sequence.request.key} was to sample a token"
-        position = sequence.num_output_tokens
+        if token_id is None:
+            return None
+        position = len(sequence.token_ids) - sequence.num_prompt_tokens
         sequence.token_ids.append(token_id)
-        finish = finish_of(
-            token_id,
-            position,
-            stop_ids=sequence.stop_ids,
-            min_tokens=sequence.request.sampling.min_tokens,
-            max_output_tokens=sequence.max_output_tokens,
-        )
+        finish = None
+        if token_id in sequence.stop_ids or position + 1 >= sequence.max_output_tokens:
+            finish = finish_of(
+                token_id,
+                position,
+                stop_ids=sequence.stop_ids,
+                min_tokens=sequence.sampling.min_tokens,
+                max_output_tokens=sequence.max_output_tokens,
+            )
         if finish is not None:
-            sequence.apply(Trigger.END)
-            self._leave(sequence)
-            self._forget(sequence)
             self._gate.observe_end(sequence)
+            self._stop(sequence)
         return sequence.token_event(token_id, position, made.logprobs, finish, now_s)
 
     def _end(
         self, sequence: Sequence, finish: FinishReason, error: str = "", retry_after_s: float | None = None
     ) -> None:
         """End a sequence for a reason of which no step's result tells."""
-        if sequence.num_scheduled:
-            sequence.apply(Trigger.END_IN_FLIGHT)
-            self._forget(sequence)
-        else:
-            if sequence.state is State.RUNNING:
-                self._running.remove(sequence)
-                self._leave(sequence)
-            else:
-                self._waiting.remove(sequence)
+        if sequence.state is not State.RUNNING:
+            self._waiting.remove(sequence)
             sequence.apply(Trigger.END)
             self._forget(sequence)
+        else:
+            self._stop(sequence)
+            self._drop_finished()
         self._report(sequence, finish, error, retry_after_s)
+
+    def _stop(self, sequence: Sequence) -> None:
+        """End a running sequence, which keeps its blocks for as long as a step in flight writes to them."""
+        if sequence.num_scheduled:
+            sequence.apply(Trigger.END_IN_FLIGHT)
+        else:
+            sequence.apply(Trigger.END)
+            self._leave(sequence)
+            self._some_finished = True
+        self._forget(sequence)
 
     def _report(
         self, sequence: Sequence, finish: FinishReason, error: str = "", retry_after_s: float | None = None
     ) -> None:
         self._events.append(
             Event(
-                key=sequence.request.key,
+                key=sequence.key,
                 position=sequence.num_output_tokens,
                 finish=finish,
                 error=error,
@@ -374,18 +422,30 @@ class Batcher:
             self._ledger.left(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
-        del self._open[sequence.request.key]
+        del self._open[sequence.key]
         self._deadlines.forget(sequence)
 
     def _land(self, sequence: Sequence) -> None:
         """Free what a sequence that ended in flight still held."""
-        sequence.num_scheduled = 0
         sequence.apply(Trigger.LAND)
         self._leave(sequence)
+        self._some_finished = True
 
     def _drop_finished(self) -> None:
-        if any(sequence.state is State.FINISHED for sequence in self._running):
+        if self._some_finished:
             self._running[:] = [sequence for sequence in self._running if sequence.state is not State.FINISHED]
+            self._some_finished = False
+
+
+def _may_go_ahead(sequence: Sequence) -> bool:
+    """Whether a sequence will surely go on behind what is in flight, if no token ends it."""
+    if not sequence.num_scheduled:
+        return True
+    return (
+        sequence.state is State.RUNNING
+        and not sequence.predicts_prompt  # which rows are left is told by the results
+        and sequence.num_output_tokens + sequence.num_awaited < sequence.max_output_tokens
+    )
 
 
 def _queue_of(settings: BatcherSettings) -> WaitingQueue:

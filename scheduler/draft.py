@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scheduler.plan import ScheduledSequence, StepPlan
-from scheduler.sequence import Sequence
+from scheduler.sequence import NO_TOKEN_IDS, Sequence
 
 __all__ = ["Draft", "Flight"]
 
@@ -37,7 +37,7 @@ class Draft:
         """How many of its remaining tokens fit, with some left; none where rows of logits have run out."""
         num_tokens = max(0, min(sequence.num_remaining, self.num_tokens_left - to_leave))
         if sequence.predicts_prompt:
-            num_predicted_again = max(0, sequence.num_prompt_predicted - sequence.num_computed)
+            num_predicted_again = max(0, sequence.num_prompt_predicted - sequence.num_dispatched)
             num_tokens = min(num_tokens, num_predicted_again + self._num_prompt_logits_left)
         return num_tokens
 
@@ -45,49 +45,46 @@ class Draft:
         """What follows may take at most `num_tokens` together."""
         self.num_tokens_left = min(self.num_tokens_left, num_tokens)
 
-    def add_decode(self, sequence: Sequence) -> None:
-        """Schedule the one token that remains: `add` for the many, without what only prompts need."""
-        request = sequence.request
-        self._decodes.append(
+    def add_decodes(self, sequences: list[Sequence]) -> None:
+        """Schedule the one token that remains of each: `add` for the many, without what only prompts need."""
+        self._decodes += [
             ScheduledSequence(
-                key=request.key,
-                history=sequence.token_ids,
-                num_prompt_tokens=sequence.num_prompt_tokens,
-                num_computed=sequence.num_computed,
-                num_tokens=1,
-                block_ids=sequence.block_ids,
-                num_logits=1,
-                samples=True,
-                sampling=request.sampling,
-                forbidden_token_ids=sequence.forbidden_token_ids(),
+                one.key,
+                one.token_ids,
+                one.num_prompt_tokens,
+                one.num_computed + one.num_scheduled,
+                1,
+                one.block_ids,
+                1,
+                True,
+                one.sampling,
+                one.forbidden_token_ids() if one.sampling.min_tokens else NO_TOKEN_IDS,
             )
-        )
-        self._decoding.append(sequence)
-        sequence.num_scheduled = 1
-        self.num_tokens += 1
-        self.num_tokens_left -= 1
+            for one in sequences
+        ]
+        for one in sequences:
+            one.num_scheduled += 1
+            one.num_awaited += 1
+        self._decoding += sequences
+        self.num_tokens += len(sequences)
+        self.num_tokens_left -= len(sequences)
 
     def add(self, sequence: Sequence, num_tokens: int) -> None:
         """Schedule the next `num_tokens` tokens, which must fit."""
-        num_computed = sequence.num_computed
-        samples = num_computed + num_tokens == len(sequence.token_ids)
+        samples = num_tokens == sequence.num_remaining
         num_logits = sequence.num_logits(num_tokens)
-        request = sequence.request
         scheduled = ScheduledSequence(
-            key=request.key,
+            key=sequence.key,
             history=sequence.token_ids,
             num_prompt_tokens=sequence.num_prompt_tokens,
-            num_computed=num_computed,
+            num_computed=sequence.num_dispatched,
             num_tokens=num_tokens,
             block_ids=sequence.block_ids,
             num_logits=num_logits,
             samples=samples,
-            sampling=request.sampling,
+            sampling=sequence.sampling,
             forbidden_token_ids=sequence.forbidden_token_ids(),
         )
-        sequence.num_scheduled = num_tokens
-        self.num_tokens += num_tokens
-        self.num_tokens_left -= num_tokens
         if num_tokens == 1:
             self._decodes.append(scheduled)
             self._decoding.append(sequence)
@@ -96,6 +93,10 @@ class Draft:
             self._chunked.append(sequence)
         if sequence.predicts_prompt:
             self._num_prompt_logits_left -= num_logits
+        sequence.num_scheduled += num_tokens
+        sequence.num_awaited += samples
+        self.num_tokens += num_tokens
+        self.num_tokens_left -= num_tokens
 
     def close(self, *, generation: int, step: int, now_s: float) -> Flight | None:
         """The finished plan, or None where nothing was scheduled."""

@@ -105,7 +105,7 @@ class FairQueue:
         of_class = self._classes[sequence.request.priority]
         line = of_class.lines[tenant]
         removed = line.discard(sequence)
-        assert removed, f"{sequence.request.key} is not in the queue"
+        assert removed, f"{sequence.key} is not in the queue"
         del self._waiting[sequence]
         self._num_tokens -= num_tokens
         account = self._accounts[tenant]

@@ -27,9 +27,9 @@ def check_running(running: Several[Sequence], in_flight: set[Sequence], pool: Bl
         assert sequence.state is State.RUNNING or sequence in in_flight, sequence.state
         assert (sequence.num_scheduled > 0) == (sequence in in_flight)
         held = len(sequence.block_ids) * pool.block_size
-        assert sequence.num_computed + sequence.num_scheduled <= held
-        assert sequence.num_computed + sequence.num_scheduled <= len(sequence.token_ids)
-        assert sequence.num_remaining > 0
+        assert sequence.num_dispatched <= held
+        assert sequence.num_remaining > 0 or sequence.state is State.ENDING
+        assert 0 <= sequence.num_awaited <= sequence.num_scheduled
         assert not (sequence.first_token_sent and sequence.prompt_logprobs)
         assert sequence.num_published <= sequence.num_computed // pool.block_size
         for block_id in sequence.block_ids[sequence.num_published :]:

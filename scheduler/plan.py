@@ -25,10 +25,13 @@ __all__ = [
     "TokenLogprobs",
 ]
 
+# Of three of these, one is made for every sequence in every step: frozen ones would take five times as long to make,
+# which at a thousand sequences is as much as all else that scheduling does. Nobody changes them all the same.
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+
+@dataclass(slots=True)
 class ScheduledSequence:
-    """One sequence's part of a step.
+    """One sequence's part of a step; not to be changed.
 
     `history` is the sequence's prompt and output so far, a live view that the runner only reads and does not keep;
     `history[num_computed : num_computed + num_tokens]` are the tokens this step runs. `block_ids` cover at least
@@ -76,9 +79,9 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SequenceResult:
-    """What a step made of one scheduled sequence.
+    """What a step made of one scheduled sequence; not to be changed.
 
     `prompt_logprobs` has an entry for each prompt token that this step predicted.
     """
@@ -106,9 +109,9 @@ class FinishReason(Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(slots=True)
 class Event:
-    """Something a sequence's owner must hear: a new token, an end, or both.
+    """Something a sequence's owner must hear: a new token, an end, or both. Not to be changed.
 
     `position` is the output position of `token_id`, or the number of output tokens where there is none.
     `queue_s` (to the admission) and `prefill_s` (from there) come with the first token. `retry_after_s` is a hint for

@@ -8,7 +8,7 @@ from enum import Enum
 
 from scheduler.plan import Event, FinishReason, TokenLogprobs
 from scheduler.policy import OrderKey
-from scheduler.request import Request
+from scheduler.request import Request, SamplingParams
 from scheduler.stopping import stop_ids_of
 
 __all__ = ["NO_TOKEN_IDS", "TRANSITIONS", "Sequence", "State", "Trigger"]
@@ -52,12 +52,15 @@ TRANSITIONS: Mapping[tuple[State, Trigger], State] = {
 class Sequence:
     """One open request and how far it has come. Only the batcher changes it.
 
-    `token_ids` is prompt and output, `num_computed` of them are in the cache, `num_scheduled` more are in the step in
-    flight. `max_output_tokens` is what max_tokens and the lengths leave. `num_prompt_predicted` prompt tokens after the
-    first have their logprobs. `num_published` leading blocks of the table were published, or came from the cache.
+    `token_ids` is prompt and output, `num_computed` of them are in the cache, `num_scheduled` more are in flight, and
+    `num_awaited` tokens will come of that. `max_output_tokens` is what max_tokens and the lengths leave.
+    `num_prompt_predicted` prompt tokens after the first have their logprobs. `num_published` leading blocks of the
+    table were published, or came from the cache.
     """
 
     request: Request
+    key: str
+    sampling: SamplingParams
     order: OrderKey
     token_ids: list[int]
     num_prompt_tokens: int
@@ -67,6 +70,7 @@ class Sequence:
     state: State = State.WAITING
     num_computed: int = 0
     num_scheduled: int = 0
+    num_awaited: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0
@@ -83,6 +87,8 @@ class Sequence:
         wants_prompt_logprobs = sampling.prompt_logprobs is not None and not request.output_token_ids
         return cls(
             request=request,
+            key=request.key,
+            sampling=sampling,
             order=order,
             token_ids=[*request.prompt_token_ids, *request.output_token_ids],
             num_prompt_tokens=len(request.prompt_token_ids),
@@ -96,9 +102,14 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_dispatched(self) -> int:
+        """Tokens that are in the cache, or will be when all that is in flight has landed."""
+        return self.num_computed + self.num_scheduled
+
+    @property
     def num_remaining(self) -> int:
-        """Tokens to run before the next one can be sampled."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens to schedule before the next one can be sampled, where what is in flight brings what it should."""
+        return len(self.token_ids) + self.num_awaited - self.num_computed - self.num_scheduled
 
     @property
     def predicts_prompt(self) -> bool:
@@ -112,14 +123,14 @@ class Sequence:
 
     def forbidden_token_ids(self) -> frozenset[int]:
         """What the next token must not be: nothing may end the sequence before min_tokens."""
-        return self.stop_ids if self.num_output_tokens < self.request.sampling.min_tokens else NO_TOKEN_IDS
+        return self.stop_ids if self.num_output_tokens + self.num_awaited < self.sampling.min_tokens else NO_TOKEN_IDS
 
     def num_logits(self, num_tokens: int) -> int:
         """Rows of logits that the next `num_tokens` tokens need: the last ones, for prompt logprobs and sampling."""
-        end = self.num_computed + num_tokens
         if self.predicts_prompt:
-            return max(0, end - max(self.num_computed, self.num_prompt_predicted))
-        return int(end == len(self.token_ids))
+            end = self.num_dispatched + num_tokens
+            return max(0, end - max(self.num_dispatched, self.num_prompt_predicted))
+        return int(num_tokens == self.num_remaining)
 
     def take_prompt_logprobs(self, made: tuple[TokenLogprobs, ...]) -> None:
         """Keep what the rows just computed say of the prompt; row i predicts token i + 1. Sent with the first token."""
@@ -138,28 +149,23 @@ class Sequence:
         now_s: float,
     ) -> Event:
         """The event of a new token; the first one also says how long it took and what the prompt was worth."""
-        stop_token_id = token_id if finish is FinishReason.STOP else None
         if self.first_token_sent:
-            return Event(
-                key=self.request.key,
-                position=position,
-                token_id=token_id,
-                logprobs=logprobs,
-                finish=finish,
-                stop_token_id=stop_token_id,
-            )
+            if finish is None:
+                return Event(self.key, position, token_id, logprobs)
+            stop_token_id = token_id if finish is FinishReason.STOP else None
+            return Event(self.key, position, token_id, logprobs, (), finish, stop_token_id)
         assert self.admitted_s is not None
         self.first_token_sent = True
         prompt_logprobs = tuple(self.prompt_logprobs)
         self.prompt_logprobs.clear()
         return Event(
-            key=self.request.key,
+            key=self.key,
             position=position,
             token_id=token_id,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             finish=finish,
-            stop_token_id=stop_token_id,
+            stop_token_id=token_id if finish is FinishReason.STOP else None,
             num_cached_tokens=self.num_cached_tokens,
             queue_s=self.admitted_s - self.request.arrival_s,
             prefill_s=now_s - self.admitted_s,

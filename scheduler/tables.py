@@ -55,10 +55,16 @@ class BlockTables:
         sequence.num_published = 0
 
     def advance(self, prefills: Iterable[Sequence]) -> None:
-        """Let sequences skip what others have computed since they entered."""
+        """Let sequences that are not in flight skip what others have computed since they entered."""
         if self.prefixes is not None:
             for sequence in prefills:
-                self.prefixes.advance(sequence)
+                if not sequence.num_scheduled:
+                    self.prefixes.advance(sequence)
+
+    def publish(self, sequence: Sequence) -> None:
+        """Let the blocks of what is computed be found."""
+        if self.prefixes is not None:
+            self.prefixes.publish(sequence)
 
     def claim(self, sequence: Sequence, computing: set[bytes]) -> bool:
         """Add what a sequence has to compute to `computing`; False where it does better to wait for what is there."""

@@ -79,7 +79,7 @@ class OrderedQueue:
 
     def remove(self, sequence: Sequence) -> None:
         removed = self._heap.discard(sequence)
-        assert removed, f"{sequence.request.key} is not in the queue"
+        assert removed, f"{sequence.key} is not in the queue"
         self._num_tokens -= len(sequence.token_ids)
 
     def ahead_of(self, sequence: Sequence) -> tuple[int, int]:

@@ -123,7 +123,11 @@ class Bench:
         self.runner = Runner(limits.block_size)
         self.requests: dict[str, Request] = {}
         self.events: dict[str, list[Event]] = {}
-        self.plan: StepPlan | None = None
+        self.plans: list[StepPlan] = []  # in flight
+
+    @property
+    def plan(self) -> StepPlan | None:
+        return self.plans[0] if self.plans else None
 
     def submit(self, *requests: Request) -> None:
         for one in requests:
@@ -138,18 +142,22 @@ class Bench:
         return found
 
     def schedule(self) -> StepPlan | None:
-        self.plan = self.batcher.schedule()
-        self._settle([])
-        if self.plan is not None:
-            self._check_limits(self.plan)
-        return self.plan
+        return self._take(self.batcher.schedule())
+
+    def schedule_ahead(self) -> StepPlan | None:
+        return self._take(self.batcher.schedule_ahead())
 
     def commit(self, step_s: float | None = None) -> list[Event]:
-        assert self.plan is not None
-        plan, self.plan = self.plan, None
+        """Run the first plan in flight, and commit it."""
+        plan = self.plans.pop(0)
         events = self.batcher.commit(plan, self.runner.run(plan), step_s=step_s)
         self._settle(events)
         return events
+
+    def fail(self, error: str) -> None:
+        self.batcher.fail(error)
+        self.plans.clear()
+        self._settle([])
 
     def step(self) -> StepPlan:
         plan = self.schedule()
@@ -160,11 +168,27 @@ class Bench:
     def drain(self, max_steps: int = 10_000) -> int:
         """Run to the end; the number of steps it took."""
         for num_steps in range(max_steps):
+            while self.plans:
+                self.commit()
             if not self.batcher.has_work:
                 return num_steps
             if self.schedule() is not None:
                 self.commit()
         raise AssertionError(f"still busy after {max_steps} steps")
+
+    def drain_overlapped(self, max_steps: int = 10_000) -> tuple[int, int]:
+        """Run to the end, plans made while the one before them runs where that can be; how many were, and were not."""
+        num_ahead = num_plain = 0
+        while self.batcher.has_work or self.plans:
+            assert num_ahead + num_plain < max_steps, f"still busy after {max_steps} steps"
+            if not self.plans:
+                if self.schedule() is None:
+                    continue
+                num_plain += 1
+            if len(self.plans) == 1:
+                num_ahead += self.schedule_ahead() is not None
+            self.commit()
+        return num_ahead, num_plain
 
     def output(self, key: str) -> list[int]:
         """The tokens that came, after those that were replayed."""
@@ -191,6 +215,13 @@ class Bench:
         load = self.batcher.load()
         assert (load.num_running, load.num_waiting, load.num_waiting_tokens) == (0, 0, 0)
         assert load.num_free_blocks == load.num_blocks
+
+    def _take(self, plan: StepPlan | None) -> StepPlan | None:
+        self._settle([])
+        if plan is not None:
+            self._check_limits(plan)
+            self.plans.append(plan)
+        return plan
 
     def _settle(self, events: list[Event]) -> None:
         self.batcher.check_integrity()

@@ -183,8 +183,7 @@ def test_failure_ends_everything_once() -> None:
     bench.submit(*(request(key) for key in "abcd"))
     bench.schedule()
     bench.cancel("a")
-    bench.batcher.fail("a rank died")
-    bench.plan = None
+    bench.fail("a rank died")
     bench.submit(request("e", max_tokens=2))
     assert [bench.finish(key) for key in "abcd"] == [FinishReason.CANCELLED, *[FinishReason.FAILED] * 3]
     assert bench.events["b"][-1].error == "a rank died"

@@ -192,8 +192,7 @@ def test_a_failure_publishes_nothing_of_the_step_in_flight() -> None:
     bench = bench_of()
     bench.submit(request("a", PROMPT))
     bench.schedule()
-    bench.batcher.fail("a rank died")
-    bench.plan = None
+    bench.fail("a rank died")
     bench.submit(request("b", PROMPT, max_tokens=1))
     bench.drain()
     assert cached(bench, "b") == 0

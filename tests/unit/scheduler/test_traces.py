@@ -47,6 +47,7 @@ class Trace(RuleBasedStateMachine):
     """The engine loop with acts in between, also between schedule and commit."""
 
     @initialize(
+        overlapped=st.booleans(),
         num_blocks=st.integers(1, 12),
         block_size=st.integers(1, 5),
         max_batch_size=st.integers(1, 6),
@@ -67,7 +68,8 @@ class Trace(RuleBasedStateMachine):
         preempt_lower=st.booleans(),
         fairness=st.sampled_from([None, FairnessSettings(), FairnessSettings(tenants={"t": BOUNDED})]),
     )
-    def start(self, **changes: Any) -> None:
+    def start(self, overlapped: bool, **changes: Any) -> None:
+        self.overlapped = overlapped
         self.bench = Bench(limits(**changes))
         self.preempted = False
 
@@ -117,6 +119,11 @@ class Trace(RuleBasedStateMachine):
         assert had_work or plan is None
         assert (plan is not None) == self.bench.batcher.has_work
 
+    @precondition(lambda self: len(self.bench.plans) == 1)
+    @rule()
+    def schedule_ahead(self) -> None:
+        self.bench.schedule_ahead()
+
     @precondition(lambda self: self.bench.plan is not None)
     @rule(step_s=st.sampled_from([None, 0.0, 0.1, 3.0]))
     def commit(self, step_s: float | None) -> None:
@@ -132,9 +139,7 @@ class Trace(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "bench"):
             return
-        if self.bench.plan is not None:
-            self.bench.commit()
-        self.bench.drain()
+        self.bench.drain_overlapped() if self.overlapped else self.bench.drain()
         self.bench.check_end()
         check_prompt_logprobs(self.bench)
 
@@ -176,7 +181,10 @@ def random_request(rng: random.Random, key: str, now_s: float) -> Request:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_long_trace_under_pressure(seed: int) -> None:
-    """Many requests through a pool that holds a few of them: thousands of steps, many of which preempt."""
+    """Many requests through a pool that holds a few of them: thousands of steps, many of which preempt.
+
+    Every other trace makes its plans ahead.
+    """
     rng = random.Random(seed)
     bench = Bench(
         limits(
@@ -193,12 +201,15 @@ def test_a_long_trace_under_pressure(seed: int) -> None:
         bench.clock.now_s += 1.0
         if rng.random() < 0.3:
             bench.submit(random_request(rng, f"r{number}", bench.clock.now_s))
-        if bench.schedule() is None:
+        if not bench.plans and bench.schedule() is None:
             continue
-        if rng.random() < 0.03:
-            bench.cancel(rng.choice([key for key in bench.requests if bench.finish(key) is None]))
+        if seed % 2:
+            bench.schedule_ahead()
+        unfinished = [key for key in bench.requests if bench.finish(key) is None]
+        if unfinished and rng.random() < 0.03:
+            bench.cancel(rng.choice(unfinished))
         bench.commit()
-    bench.drain()
+    bench.drain_overlapped()
     bench.check_end()
     check_prompt_logprobs(bench)
     ends = {bench.finish(key) for key in bench.requests}
