@@ -39,7 +39,9 @@ def wrong_sums(tensor: Collectives) -> list[str]:
                 ):
                     wrong.append(f"{dtype} {shape}")
     parts = [numbers((64, 48), torch.float32, index) for index in range(tensor.size)]
-    if not torch.equal(tensor.all_reduce(parts[tensor.index].clone().t()), sum(part.t() for part in parts)):
+    if not torch.equal(
+        tensor.all_reduce(parts[tensor.index].clone().t()), sum((part.t() for part in parts), torch.zeros(()))
+    ):
         wrong.append("transposed")
     return wrong
 

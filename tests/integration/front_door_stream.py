@@ -58,7 +58,7 @@ class FrontDoorStream:
     async def __aexit__(self, *_: object) -> None:
         self._call.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def submit(
         self, sequence_id: int, prompt: Sequence[int], params: inference_pb2.SamplingParams, **more: Any

@@ -127,7 +127,8 @@ def _serve(settings_path: str, number: str, secret: str) -> None:
             arguments = [*arguments[:3], [RankAddress(**address) for address in arguments[3]]]
         try:
             value = getattr(rank, call["method"])(*arguments)
-            answer = {"value": dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value}
+            is_value = dataclasses.is_dataclass(value) and not isinstance(value, type)
+            answer = {"value": dataclasses.asdict(value) if is_value else value}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
