@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 # Ray takes 127.0.0.1 to mean "this machine from outside"; any other loopback address it leaves alone.
 _LOOPBACK = "127.0.0.2"
+_RAY = "ray"  # Ray opens its folder to everybody: the one around it, with the token, stays private
 _MAX_FOLDER_CHARS = 40  # Ray puts sockets below it, whose whole path may have 107
 _OBJECT_STORE_BYTES = 80_000_000  # next to the least that Ray takes: nothing large passes through its store
 _END_TIMEOUT_S = 5.0
@@ -102,7 +103,7 @@ def start_ray(num_cpus: int, cores: int) -> RaySession:
         log_to_driver=False,
         configure_logging=False,
         _node_ip_address=_LOOPBACK,
-        _temp_dir=str(folder),
+        _temp_dir=str(folder / _RAY),
     )
     return RaySession(folder, int(ray.cluster_resources().get("GPU", 0)), cores, _start_guard(folder))
 

@@ -18,6 +18,7 @@ __all__ = ["Run", "StartError"]
 
 _LOOK_EVERY_S = 0.25
 _ROSTER_TIMEOUT_S = 10.0
+_REPORTS_EVERY_S = 1.5
 
 
 class StartError(Exception):
@@ -76,14 +77,15 @@ class Run:
         if self._roster is None:
             return
         ray.get(self._roster.drain.remote(), timeout=_ROSTER_TIMEOUT_S)
-        give_up_s = time.monotonic() + self._spec.drain_timeout_s + 1.0
+        began_s = time.monotonic()
         told = 0
-        while time.monotonic() < give_up_s:
+        while time.monotonic() - began_s < self._spec.drain_timeout_s + 1.0:
             _, front_doors = self._look()
             if all(door.drained for door in front_doors):
                 return
             num_open = sum(door.open_requests for door in front_doors)
-            if num_open and num_open != told:
+            # Before that the counts may be from before the drain.
+            if num_open and num_open != told and time.monotonic() - began_s > _REPORTS_EVERY_S:
                 told = num_open
                 self._announcer.line(f"finishing {num_open} open requests; Ctrl-C again stops at once")
             time.sleep(_LOOK_EVERY_S)

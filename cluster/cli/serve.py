@@ -87,7 +87,7 @@ def _serve(spec: ClusterSpec, session: RaySession | None, config: Config, cores:
         run.take_down()
         session.end(keep_logs=keep_logs)
     kept = keep_logs and session.folder is not None
-    announcer.line(f"stopped; logs are in {session.folder}/session_latest/logs" if kept else "stopped")
+    announcer.line(f"stopped; logs are in {session.folder}/ray/session_latest/logs" if kept else "stopped")
     raise SystemExit(code)
 
 
