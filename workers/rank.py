@@ -35,6 +35,7 @@ from workers.routing_log import RoutingLog
 from workers.runner import Runner
 from workers.session import SessionServer
 from workers.settings import EngineSettings
+from workers.threads import in_passing_thread
 from workers.watch import PeerWatch
 
 __all__ = ["Broken", "ExpertLoads", "LoadReport", "Rank", "RankAddress", "RankState", "RankStatus"]
@@ -129,7 +130,9 @@ class Rank:
                 progress(done, total)
 
         groups = self._membership.groups
-        self._runner = assemble(self.settings, self.place, groups.tensor, expert=groups.expert, progress=note)
+        self._runner = in_passing_thread(
+            lambda: assemble(self.settings, self.place, groups.tensor, expert=groups.expert, progress=note), "load"
+        )
         self._state = RankState.LOADED
         report = self._runner.report
         log.info("rank %d: loaded in %.1f s, %d blocks", self.rank, report.load_s, report.num_blocks)
@@ -222,7 +225,8 @@ class Rank:
         places = {
             layer: ExpertPlacement(max(map(max, slots)) + 1, tuple(map(tuple, slots))) for layer, slots in placements
         }
-        return self._experts.stage(epoch, places)
+        experts = self._experts
+        return in_passing_thread(lambda: experts.stage(epoch, places), "stage-experts")
 
     def switch_experts(self, epoch: int, timeout_s: float) -> None:
         """To be called on all ranks, once all have staged the epoch: they switch before the same step.
