@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from cluster.front_door.call import Message
 from cluster.front_door.groups import GroupAddress
 from cluster.front_door.model_card import ModelCard
 from protos.shoal.v1 import session_pb2, session_pb2_grpc
+from workers.records import Record, Records
 
 __all__ = [
     "BOS",
@@ -112,6 +114,7 @@ class LineTemplate:
 class _Sequence:
     submit: session_pb2.Submit
     output: list[int]
+    record: Record
     told_first: bool = False
 
 
@@ -123,7 +126,9 @@ class _Stream:
     sequences: dict[int, _Sequence] = field(default_factory=dict)
     fresh: list[session_pb2.SequenceOutput] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    claimed: list[session_pb2.Claimed] = field(default_factory=list)
     broken: bool = False
+    number: int = 0
 
 
 class FakeGroup(session_pb2_grpc.DPGroupServicer):
@@ -149,6 +154,7 @@ class FakeGroup(session_pb2_grpc.DPGroupServicer):
         self.cancels: list[int] = []
         self.num_streams = 0
         self.port = 0
+        self.records = Records(time.monotonic, keep_s=60.0)
         self._streams: set[_Stream] = set()
         self._server: grpc.aio.Server | None = None
         self._paused = False
@@ -220,9 +226,9 @@ class FakeGroup(session_pb2_grpc.DPGroupServicer):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong secret")
         hello = await anext(request_iterator)
         assert hello.WhichOneof("message") == "hello"
-        stream = _Stream(hello.hello.front_door_id)
-        self._streams.add(stream)
         self.num_streams += 1
+        stream = _Stream(hello.hello.front_door_id, number=self.num_streams)
+        self._streams.add(stream)
         reader = asyncio.create_task(self._read(stream, request_iterator))
         try:
             info = session_pb2.GroupInfo(
@@ -239,15 +245,21 @@ class FakeGroup(session_pb2_grpc.DPGroupServicer):
                     await self._notify()
         finally:
             self._streams.discard(stream)
+            for sequence in stream.sequences.values():
+                self.records.keep(sequence.record)
             reader.cancel()
 
     async def _read(self, stream: _Stream, uplinks: AsyncIterator[session_pb2.Uplink]) -> None:
         async for uplink in uplinks:
             if uplink.WhichOneof("message") == "submit":
                 self._submit(stream, uplink.submit)
+            elif uplink.WhichOneof("message") == "claim":
+                self._claim(stream, uplink.claim)
             else:
                 self.cancels.append(uplink.cancel.sequence_id)
-                stream.sequences.pop(uplink.cancel.sequence_id, None)
+                sequence = stream.sequences.pop(uplink.cancel.sequence_id, None)
+                if sequence is not None:
+                    (self.records.keep if uplink.cancel.keep else self.records.drop)(sequence.record)
             stream.wake.set()
             await self._notify()
 
@@ -256,26 +268,49 @@ class FakeGroup(session_pb2_grpc.DPGroupServicer):
         if self.refuse is not None:
             stream.fresh.append(self._end(submit, session_pb2.FINISH_REFUSED, self.refuse))
         else:
-            stream.sequences[submit.sequence_id] = _Sequence(submit, list(submit.output_token_ids))
+            record = self.records.begin(submit, (stream.number, submit.sequence_id))
+            stream.sequences[submit.sequence_id] = _Sequence(submit, list(submit.output_token_ids), record)
+
+    def _claim(self, stream: _Stream, claim: session_pb2.Claim) -> None:
+        found = self.records.find(claim.client, claim.request_id)
+        answer = session_pb2.Claimed(claim_id=claim.claim_id, records=[record.message() for record in found])
+        stream.claimed.append(answer)
+        for record in found:
+            if record.owner is None:
+                continue
+            number, sequence_id = record.owner
+            owner = next(each for each in self._streams if each.number == number)
+            del owner.sequences[sequence_id]
+            finish = session_pb2.FINISH_CANCELLED if claim.cancel else session_pb2.FINISH_MOVED
+            owner.fresh.append(self._end(record.submit, finish, "", record.num_output_tokens))
+            owner.wake.set()
+            (self.records.drop if claim.cancel else self.records.keep)(record)
 
     async def _next(self, stream: _Stream) -> session_pb2.Downlink | None:
         """The next step's message for one stream; None once it is broken."""
         while not stream.broken:
             outputs, stream.fresh = stream.fresh, []
+            claimed, stream.claimed = stream.claimed, []
             for sequence_id, sequence in list(stream.sequences.items()) if not self._paused else ():
                 output = self._advance(sequence)
                 if output is None:
                     continue
                 outputs.append(output)
+                sequence.record.see(output)
                 if output.finish:
                     del stream.sequences[sequence_id]
+                    self.records.keep(sequence.record)
             if stream.broken:
                 break
-            if outputs:
+            if outputs or claimed:
                 self._step += 1
                 await asyncio.sleep(self.step_s)
                 return session_pb2.Downlink(
-                    generation=self.generation, step=self._step, outputs=outputs, load=self._load()
+                    generation=self.generation,
+                    step=self._step,
+                    outputs=outputs,
+                    load=self._load(),
+                    claimed=claimed,
                 )
             stream.wake.clear()
             await stream.wake.wait()

@@ -29,6 +29,7 @@ from workers.lease import Lease
 from workers.loop import STOPPED, Broken, StepLoop
 from workers.parallel.channel import PlanListener
 from workers.parallel.pulse import Pulse
+from workers.records import Records
 from workers.relocation import Relocation
 from workers.report import ExpertLoads, LoadReport, RankAddress, RankState, RankStatus
 from workers.routing_log import RoutingLog
@@ -84,6 +85,7 @@ class Rank:
         self._follower: Follower | None = None
         self._session: SessionServer | None = None
         self._session_address = ""
+        self._records = Records(time.monotonic, keep_s=settings.resume_window_s)
         self._watch: PeerWatch | None = None
         self._pulse: Pulse | None = None
         self._routing_log: RoutingLog | None = None
@@ -335,6 +337,7 @@ class Rank:
             generation=self._generation,
             info=info,
             vocab_size=runner.model_config.vocab_size,
+            records=self._records,
         )
         host = f"[{self._host}]" if ":" in self._host else self._host
         self._session_address = f"{host}:{self._session.start()}"

@@ -3,7 +3,7 @@
 It runs in a thread of its own, on its own event loop, beside the step loop. Up come submits and cancels; down goes
 one message per step with all of the stream's new tokens and the group's load. While a stream has nothing to hear,
 the load follows within `_LOAD_INTERVAL_S` of a change, and once a second in any case. A stream that ends, however
-it ends, takes its sequences with it.
+it ends, takes its sequences with it; what is known of them stays for a while, for a front door that claims them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import uvloop
 from protos.shoal.v1 import session_pb2, session_pb2_grpc
 from scheduler.plan import Event, FinishReason
 from workers.loop import StepBatch, StepLoop
+from workers.records import Record, Records
 from workers.wire import load_to_proto, output_from_event, request_from_submit
 
 __all__ = ["SessionServer"]
@@ -48,6 +49,8 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
 )
 
+_OVER = (FinishReason.CANCELLED, FinishReason.DEADLINE)
+
 _Context = grpc.aio.ServicerContext[session_pb2.Uplink, session_pb2.Downlink]
 
 
@@ -61,8 +64,9 @@ class _Stream:
 
     number: int
     front_door_id: str
-    open_ids: set[int] = field(default_factory=set)
+    open: dict[int, Record | None] = field(default_factory=dict)  # None: nobody will hear of it any more
     outputs: list[session_pb2.SequenceOutput] = field(default_factory=list)
+    claimed: list[session_pb2.Claimed] = field(default_factory=list)
     step: int = 0
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     sent_s: float = 0.0
@@ -70,7 +74,7 @@ class _Stream:
 
 
 class SessionServer(session_pb2_grpc.DPGroupServicer):
-    """Serves `loop` at a free port of `host`. `info` and `generation` go to every front door."""
+    """Serves `loop` at a free port of `host`. `info` and `generation` go to every front door; `records` outlive it."""
 
     def __init__(
         self,
@@ -81,8 +85,10 @@ class SessionServer(session_pb2_grpc.DPGroupServicer):
         generation: int,
         info: session_pb2.GroupInfo,
         vocab_size: int,
+        records: Records,
     ) -> None:
         self._steps = loop
+        self._records = records
         self._host = host
         self._secret = secret
         self._generation = generation
@@ -174,11 +180,24 @@ class SessionServer(session_pb2_grpc.DPGroupServicer):
             self._push(stream, event, int(sequence_id), batch.step)
 
     def _push(self, stream: _Stream, event: Event, sequence_id: int, step: int) -> None:
-        stream.outputs.append(output_from_event(event, sequence_id))
+        output = output_from_event(event, sequence_id)
+        record = stream.open.get(sequence_id)
+        if record is not None:
+            record.see(output)
+        stream.outputs.append(output)
         stream.step = step
         if event.finish is not None:
-            stream.open_ids.discard(sequence_id)
+            stream.open.pop(sequence_id, None)
+            if record is not None:
+                self._ended(record, event.finish)
         stream.wake.set()
+
+    def _ended(self, record: Record, finish: FinishReason) -> None:
+        # What never began would only stand in the way of a retry.
+        if finish in _OVER or not record.num_output_tokens:
+            self._records.drop(record)
+        else:
+            self._records.keep(record)
 
     async def _pace(self) -> None:
         """Wakes the streams that should hear of the load though they have no tokens to send."""
@@ -205,12 +224,14 @@ class SessionServer(session_pb2_grpc.DPGroupServicer):
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             del self._streams[stream.number]
-            for sequence_id in stream.open_ids:
+            for sequence_id, record in stream.open.items():
                 self._steps.cancel(f"{stream.number}:{sequence_id}")
+                if record is not None:
+                    self._records.keep(record)
             for task in tasks:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
-            log.info("front door %s is gone, %d sequences with it", stream.front_door_id, len(stream.open_ids))
+            log.info("front door %s is gone, %d sequences with it", stream.front_door_id, len(stream.open))
         for result in results:
             if isinstance(result, _Misuse):
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(result))
@@ -242,14 +263,50 @@ class SessionServer(session_pb2_grpc.DPGroupServicer):
             if uplink.HasField("submit"):
                 self._submit(stream, uplink.submit)
             elif uplink.HasField("cancel"):
-                self._steps.cancel(f"{stream.number}:{uplink.cancel.sequence_id}")
+                self._cancel(stream, uplink.cancel)
+            elif uplink.HasField("claim"):
+                self._claim(stream, uplink.claim)
             else:
-                raise _Misuse("only submit and cancel may follow hello")
+                raise _Misuse("only submit, cancel and claim may follow hello")
+
+    def _cancel(self, stream: _Stream, cancel: session_pb2.Cancel) -> None:
+        self._steps.cancel(f"{stream.number}:{cancel.sequence_id}")
+        record = stream.open.get(cancel.sequence_id)
+        if record is None:
+            return
+        stream.open[cancel.sequence_id] = None
+        if cancel.keep:
+            self._records.keep(record)
+        else:
+            self._records.drop(record)
+
+    def _claim(self, stream: _Stream, claim: session_pb2.Claim) -> None:
+        found = self._records.find(claim.client, claim.request_id)
+        claimed = session_pb2.Claimed(claim_id=claim.claim_id, records=[record.message() for record in found])
+        for record in found:
+            if record.owner is not None:
+                self._take(record, session_pb2.FINISH_CANCELLED if claim.cancel else session_pb2.FINISH_MOVED)
+            if claim.cancel:
+                self._records.drop(record)
+        stream.claimed.append(claimed)
+        stream.wake.set()
+
+    def _take(self, record: Record, finish: session_pb2.Finish.ValueType) -> None:
+        """Takes a running sequence from its front door."""
+        assert record.owner is not None
+        number, sequence_id = record.owner
+        position = record.num_output_tokens
+        self._records.keep(record)
+        self._steps.cancel(f"{number}:{sequence_id}")
+        stream = self._streams[number]
+        stream.open[sequence_id] = None
+        stream.outputs.append(session_pb2.SequenceOutput(sequence_id=sequence_id, position=position, finish=finish))
+        stream.wake.set()
 
     def _submit(self, stream: _Stream, submit: session_pb2.Submit) -> None:
-        if submit.sequence_id in stream.open_ids:
+        if submit.sequence_id in stream.open:
             raise _Misuse(f"sequence_id {submit.sequence_id} is open already")
-        stream.open_ids.add(submit.sequence_id)
+        stream.open[submit.sequence_id] = self._records.begin(submit, (stream.number, submit.sequence_id))
         key = f"{stream.number}:{submit.sequence_id}"
         try:
             request = request_from_submit(submit, key=key, now_s=self._steps.clock(), vocab_size=self._vocab_size)
@@ -273,9 +330,15 @@ class SessionServer(session_pb2_grpc.DPGroupServicer):
 
     async def _send(self, stream: _Stream, context: _Context, info: session_pb2.GroupInfo | None = None) -> None:
         outputs, stream.outputs = stream.outputs, []
+        claimed, stream.claimed = stream.claimed, []
         stream.sent_load, stream.sent_s = self._load, time.monotonic()
         await context.write(
             session_pb2.Downlink(
-                generation=self._generation, step=stream.step, outputs=outputs, load=self._load, info=info
+                generation=self._generation,
+                step=stream.step,
+                outputs=outputs,
+                load=self._load,
+                info=info,
+                claimed=claimed,
             )
         )

@@ -45,6 +45,7 @@ class EngineSettings:
     deterministic: bool = False
     step_timeout_s: float = 3.0
     load_timeout_s: float = 1800.0
+    resume_window_s: float = 60.0  # how long a group keeps what it knows of a sequence that ended
     collectives: str = "auto"  # "auto", "shm", "gloo" or "nccl"
     expert_balance: ExpertBalance | None = None  # None: experts stay where they began
     record_routing: str | None = None  # a folder for every expert choice, to try placements on

@@ -13,6 +13,7 @@ from ray import serve
 from cluster import logs, telemetry
 from cluster.app.spec import ClusterSpec
 from cluster.app.status import status_response
+from cluster.front_door.limits import Limits
 from cluster.front_door.server import FrontDoorServer, FrontDoorSettings
 from cluster.roster import FrontDoorReport
 from cluster.roster_actor import find_roster
@@ -47,6 +48,7 @@ class FrontDoor:
                 http_port=spec.http_port,
                 api_keys=spec.api_keys,
                 cors_origins=spec.cors_origins,
+                limits=Limits(resume_window_s=spec.settings.resume_window_s),
             ),
             spec.settings.model_path,
             spec.card,

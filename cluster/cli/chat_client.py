@@ -10,12 +10,13 @@ from typing import cast
 
 import grpc
 
+from cluster.client.held import CHANNEL_OPTIONS, Held
+from cluster.client.streams import follow_blocking
 from protos.shoal.v1 import inference_pb2 as pb
 from protos.shoal.v1 import inference_pb2_grpc
 
 __all__ = ["Answer", "ChatError", "Conversation", "Server", "connect"]
 
-_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1))
 _HELLO_S = 10.0
 
 
@@ -30,6 +31,10 @@ class Server:
     address: str
     stub: inference_pb2_grpc.InferenceStub
     metadata: tuple[tuple[str, str], ...]
+
+    def channel(self) -> grpc.Channel:
+        """Another connection, which may reach another front door."""
+        return grpc.insecure_channel(self.address, options=CHANNEL_OPTIONS)
 
     def model_names(self) -> list[str]:
         """Raises ChatError where nobody answers."""
@@ -53,7 +58,7 @@ class Server:
 def connect(address: str, api_key: str | None) -> Iterator[Server]:
     """The first call opens the connection."""
     metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
-    with grpc.insecure_channel(address, options=_OPTIONS) as channel:
+    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         yield Server(address, inference_pb2_grpc.InferenceStub(channel), metadata)
 
 
@@ -112,9 +117,10 @@ class Conversation:
         num_tokens = 0
         finish = pb.FINISH_REASON_UNSPECIFIED
         interrupted = False
-        call = self.server.stub.Chat(request, metadata=self.server.metadata)
+        server = self.server
+        chunks = follow_blocking(server.stub, server.channel, Held(request), metadata=server.metadata)
         try:
-            for chunk in call:
+            for chunk in chunks:
                 if chunk.token_ids:
                     last_s = self._clock()
                     first_s = last_s if first_s is None else first_s
@@ -128,7 +134,7 @@ class Conversation:
         except grpc.RpcError as error:
             raise self.server.error(error) from None
         finally:
-            call.cancel()  # type: ignore[no-untyped-call]
+            chunks.close()
         text = "".join(texts)
         if text or not interrupted:
             self.turns.append((question, text))

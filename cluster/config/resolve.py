@@ -70,6 +70,7 @@ def _engine_settings(config: Config, model: ModelFacts, machine: Machine, name: 
         deterministic=inference.deterministic,
         step_timeout_s=inference.step_timeout_s,
         load_timeout_s=inference.load_timeout_s,
+        resume_window_s=config.cluster.resume_window_s,
         collectives=inference.collectives,
         expert_balance=None if balance is None else ExpertBalance(**asdict(balance)),
         record_routing=inference.record_routing,

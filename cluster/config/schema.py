@@ -129,6 +129,7 @@ class ClusterSection:
     port: Port = 9000
     http_port: Port = 8000
     drain_timeout_s: Seconds = 30.0
+    resume_window_s: Seconds = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -64,6 +64,7 @@ class Call:
     chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     request_id: str = ""
+    idempotency_key: str = ""
     priority: int = 0
     tenant: str = ""
     client: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from cluster.front_door.errors import Cancelled
 from cluster.front_door.link import Link
 from cluster.front_door.output import ENDS, ChoiceOutput, PositionGap
 from protos.shoal.v1 import session_pb2
@@ -77,15 +78,15 @@ class Choice:
         """Tokens of prompt and output together: what a group must hold in its cache to go on."""
         return len(self.submit.prompt_token_ids) + len(self.output.token_ids)
 
-    def release(self) -> None:
-        """Stops the work in the DP group, if any is going on."""
+    def release(self, *, keep: bool = True) -> None:
+        """Stops the work in the DP group, if any is going on. `keep`: the client may come back, here or elsewhere."""
         link, self.link = self.link, None
         if link is not None:
-            link.cancel(self.sequence_id)
+            link.cancel(self.sequence_id, keep=keep)
 
     def cancel(self) -> None:
         """Ends the choice where it is."""
-        self.release()
+        self.release(keep=False)
         if not self.finished:
             self.output.end(FinishReason.CANCELLED)
             self._owner.progressed(self, None, 0)
@@ -128,6 +129,8 @@ class Choice:
     def _ended_badly(self, output: session_pb2.SequenceOutput, link: Link) -> None:
         if output.finish == session_pb2.FINISH_DEADLINE:
             self._owner.expired(self)
+        elif output.finish == session_pb2.FINISH_MOVED:
+            self._owner.failed(self, Cancelled("the request was resumed by another call"))
         elif output.finish == session_pb2.FINISH_REFUSED:
             self._placer.refused(self, by=link, reason=output.error)
         else:

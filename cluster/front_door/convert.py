@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.front_door.call import Call, Chunk, Message, SamplingOptions, Usage
+from cluster.front_door.comeback import Held
+from cluster.front_door.errors import InvalidRequest
 from cluster.front_door.model_card import ModelCard
 from cluster.front_door.text import TextCodec
 from protos.shoal.v1 import inference_pb2 as pb
@@ -17,6 +19,7 @@ __all__ = [
     "call_of",
     "chat_call_of",
     "chunk_message",
+    "held_of",
     "messages_of",
     "model_message",
 ]
@@ -38,14 +41,16 @@ class Asker:
 
 
 def call_of(request: pb.GenerateRequest, asker: Asker, *, request_id: str) -> Call:
-    """Unset fields become None, "the server's default"."""
+    """Unset fields become None, "the server's default". Raises InvalidRequest where it has two names."""
+    _check_name(request)
     prompt = request.WhichOneof("prompt")
     return Call(
         model=request.model,
         text=request.text if prompt == "text" else None,
         token_ids=tuple(request.token_ids.ids) if prompt == "token_ids" else None,
         sampling=_options(request.sampling),
-        request_id=request_id,
+        request_id=request.idempotency_key or request_id,
+        idempotency_key=request.idempotency_key,
         priority=request.priority,
         tenant=asker.client,
         client=asker.client,
@@ -56,13 +61,15 @@ def call_of(request: pb.GenerateRequest, asker: Asker, *, request_id: str) -> Ca
 
 
 def chat_call_of(request: pb.ChatRequest, asker: Asker, *, request_id: str) -> Call:
-    """Unset fields become None, "the server's default"."""
+    """Unset fields become None, "the server's default". Raises InvalidRequest where it has two names."""
+    _check_name(request)
     return Call(
         model=request.model,
         messages=messages_of(request),
         add_generation_prompt=add_generation_prompt(request),
         sampling=_options(request.sampling),
-        request_id=request_id,
+        request_id=request.idempotency_key or request_id,
+        idempotency_key=request.idempotency_key,
         priority=request.priority,
         tenant=asker.client,
         client=asker.client,
@@ -70,6 +77,22 @@ def chat_call_of(request: pb.ChatRequest, asker: Asker, *, request_id: str) -> C
         traceparent=asker.traceparent,
         door="grpc",
     )
+
+
+def held_of(request: pb.ResumeRequest, asker: Asker) -> Held | None:
+    """What the client brings along, if anything. Raises InvalidRequest."""
+    original = request.WhichOneof("original")
+    if original is None:
+        if request.held:
+            raise InvalidRequest("held needs the original request beside it", field="held")
+        return None
+    call = (
+        call_of(request.generate, asker, request_id=request.request_id)
+        if original == "generate"
+        else chat_call_of(request.chat, asker, request_id=request.request_id)
+    )
+    call = replace(call, request_id=request.request_id, idempotency_key="")
+    return Held(call=call, token_ids=tuple(each.ids for each in request.held), done=frozenset(request.done))
 
 
 def messages_of(request: pb.ChatRequest) -> tuple[Message, ...]:
@@ -146,6 +169,11 @@ class ResponseBuilder:
             choice.text = "".join(self._texts[index])
             self._response.choices.append(choice)
         return self._response
+
+
+def _check_name(request: pb.GenerateRequest | pb.ChatRequest) -> None:
+    if request.request_id and request.idempotency_key:
+        raise InvalidRequest("idempotency_key stands in place of request_id; send one of them", field="request_id")
 
 
 def _options(params: pb.SamplingParams) -> SamplingOptions:

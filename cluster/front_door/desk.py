@@ -11,14 +11,18 @@ cancelling the task that reads it, ends all work for the call at once.
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 
 from opentelemetry import trace
 
 from cluster.front_door.call import Call, Chunk, Message
 from cluster.front_door.choice import Choice
+from cluster.front_door.claims import Claims
+from cluster.front_door.comeback import Comeback, Held
 from cluster.front_door.dispatcher import Dispatcher
 from cluster.front_door.errors import (
     AlreadyExists,
@@ -35,17 +39,23 @@ from cluster.front_door.links import Links
 from cluster.front_door.metrics import FrontDoorMetrics
 from cluster.front_door.model_card import ModelCard
 from cluster.front_door.open_request import OpenRequest
-from cluster.front_door.output import ChoiceOutput
+from cluster.front_door.origin import body_digest, empty_output, origin_of
 from cluster.front_door.prompts import PromptEncoder
 from cluster.front_door.reading import Reading
 from cluster.front_door.recent import Recent
 from cluster.front_door.spans import RequestSpan
-from cluster.front_door.stops import StopScanner
 from cluster.front_door.submits import submit_of
 from cluster.front_door.text import Template, TextCodec
-from cluster.front_door.validate import Prepared, check_model, check_token_ids, fit, resolve
+from cluster.front_door.validate import Prepared, Resolved, check_model, check_token_ids, fit, resolve
 
 __all__ = ["Desk"]
+
+Key = tuple[str, str]  # the client and its request's id
+
+# How long a request is waited for that groups may know to which there is no stream yet: where nothing else is known
+# of it, and where the client has sent all of it.
+_PATIENCE_S = 2.0
+_PATIENCE_WITH_REQUEST_S = 0.5
 
 
 class Desk:
@@ -74,7 +84,9 @@ class Desk:
         self._dispatcher = Dispatcher(links, limits, clock, metrics)
         self._gate = Gate(limits, metrics, clock)
         self._recent = Recent(limits, clock)
-        self._open: dict[tuple[str, str], OpenRequest] = {}
+        self._claims = Claims(links)
+        self._comeback = Comeback(self._claims, codec, self._dispatcher, self._new)
+        self._open: dict[Key, OpenRequest] = {}
         self._listeners: list[Callable[[], None]] = []
         self._idle = asyncio.Event()
         self._idle.set()
@@ -100,12 +112,23 @@ class Desk:
     async def open(self, call: Call) -> AsyncGenerator[Chunk, None]:
         """Runs a call. Raises RequestError; see the module's docstring."""
         if not call.request_id:
-            call = replace(call, request_id=uuid.uuid4().hex)
-        span = RequestSpan(self._tracer, call, self.card.name)
-        meter = self.metrics.open(call.door)
-        request = OpenRequest(call, dispatcher=self._dispatcher, clock=self._clock, meter=meter, span=span)
+            call = replace(call, request_id=call.idempotency_key or uuid.uuid4().hex)
+        digest = ""
+        if call.idempotency_key:
+            resolve(call, self.card, self.limits)
+            digest = body_digest(call)
+            known = await self._find((call.client, call.request_id), (), must_exist=False, door=call.door)
+            if known is not None:
+                _check_same(known, digest)
+                async with aclosing(self._go_on(known, (), call)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+                return
+        request = self._new(call)
+        self._measure(request, call)
+        request.body_digest = digest
         with Reading(request, self._left) as reading:
-            await self._begin(request)
+            request.begin(await self._choices(request, self._come_in(request)))
             reader = reading.begin()
             while (chunk := await request.next_chunk(reader)) is not None:
                 yield chunk
@@ -119,35 +142,65 @@ class Desk:
         timeout_s: float | None = None,
         door: str = "",
         traceparent: str = "",
+        held: Held | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """Goes on with a call for a client that holds `positions[i]` tokens of choice i (empty: none of any).
 
-        A call that is still being read is taken over. Raises RequestNotFound where this front door does not know
-        the call, or no longer.
+        A call that is still being read, here or at another front door, is taken over. One that nobody remembers is
+        gone on with by what the client brings along, `held`. Raises RequestNotFound where that is nothing.
         """
-        key = (client, request_id)
-        request = self._open.get(key) or self._recent.take(key)
-        if request is None or not request.choices:
-            raise RequestNotFound(
-                "this front door does not hold that request; send it again, or resume it where it was begun",
-                field="request_id",
-            )
-        try:
-            held = _checked_positions(request, positions)
-            deadline_s = self._deadline_s(timeout_s)
-            self._check_draining()
-            self._enter(request)
-        except RequestError:
-            if key not in self._open:
-                self._recent.keep(request)
-            raise
-        call = replace(request.call, traceparent=traceparent, door=door)
-        request.span = RequestSpan(self._tracer, call, self.card.name)
-        request.meter = self.metrics.open(door)
+        self._check_draining()
+        asked = Call(request_id=request_id, client=client, timeout_s=timeout_s, door=door, traceparent=traceparent)
+        request = await self._find((client, request_id), positions, must_exist=held is None, held=held, door=door)
+        if request is None and held is not None:
+            request = self._new(replace(held.call, request_id=request_id))
+        if request is None:
+            raise RequestNotFound("no request of that id is known any more; send it again", field="request_id")
+        async with aclosing(self._go_on(request, positions, asked, held)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _find(
+        self, key: Key, positions: Sequence[int], *, must_exist: bool, held: Held | None = None, door: str = ""
+    ) -> OpenRequest | None:
+        """A call that is open or was lately, here or elsewhere."""
+        request = self._open.get(key)
+        if request is not None:
+            await request.begun.wait()
+            return request if request.choices else None
+        recent = self._recent.take(key)
+        if recent is not None and _fits(recent, positions):
+            return recent
+        # It may have gone on elsewhere in between.
+        patience_s = _PATIENCE_S if must_exist else _PATIENCE_WITH_REQUEST_S
+        claimed = await self._comeback.claim(*key, held, patience_s=patience_s, door=door)
+        # A faster call for the same may have found it, too.
+        return self._open.get(key) or claimed or recent
+
+    async def _go_on(
+        self, request: OpenRequest, positions: Sequence[int], asked: Call, held: Held | None = None
+    ) -> AsyncGenerator[Chunk, None]:
+        """What the client does not hold of a call that was begun before, or that it brings along."""
+        if request.choices:
+            try:
+                rewound = _checked_positions(request, positions)
+                deadline_s = self._deadline_s(asked.timeout_s)
+                self._check_draining()
+                self._enter(request)
+            except RequestError:
+                if request.key not in self._open:
+                    self._recent.keep(request)
+                raise
+        self._measure(request, replace(request.call, traceparent=asked.traceparent, door=asked.door))
         with Reading(request, self._left) as reading:
+            if not request.choices:
+                assert held is not None
+                submits = [choice.submit for choice in await self._choices(request, self._come_in(request))]
+                self._comeback.begin_with(request, submits, held)
+                rewound, deadline_s = _checked_positions(request, positions), request.deadline_s
             request.expire_at(deadline_s)
             reader = reading.begin()
-            request.rewind(held)
+            request.rewind(rewound)
             while (chunk := await request.next_chunk(reader)) is not None:
                 yield chunk
 
@@ -158,6 +211,10 @@ class Desk:
             return False
         request.cancel()
         return True
+
+    async def cancel_anywhere(self, request_id: str, client: str = "") -> bool:
+        """The same for a call that any front door took in."""
+        return self.cancel(request_id, client) or await self._claims.cancel(client, request_id)
 
     async def tokenize(
         self,
@@ -203,43 +260,49 @@ class Desk:
     def close(self) -> None:
         self._prompts.close()
 
-    async def _begin(self, request: OpenRequest) -> None:
-        """From a call to sequences in DP groups."""
-        call = request.call
+    def _new(self, call: Call) -> OpenRequest:
+        return OpenRequest(call, dispatcher=self._dispatcher, clock=self._clock)
+
+    def _measure(self, request: OpenRequest, call: Call) -> None:
+        """A reading begins."""
+        request.span = RequestSpan(self._tracer, call, self.card.name)
+        request.meter = self.metrics.open(call.door)
+
+    def _come_in(self, request: OpenRequest) -> Resolved:
+        """Whether a new call may: all that needs no tokenizer."""
         self._check_draining()
-        resolved = resolve(call, self.card, self.limits)
+        resolved = resolve(request.call, self.card, self.limits)
         if request.key in self._open:
             raise AlreadyExists("a request of that id is open", field="request_id")
-        request.expire_at(self._deadline_s(call.timeout_s))
+        request.expire_at(self._deadline_s(request.call.timeout_s))
         if not self._links.ready and not self._dispatcher.worth_waiting:
             raise Unavailable("no engine is ready", retry_after_s=1.0)
         self._enter(request)
-        prompt, field = await self._prompts.encode_call(call)
+        return resolved
+
+    async def _choices(self, request: OpenRequest, resolved: Resolved) -> tuple[Choice, ...]:
+        """From a call to its sequences."""
+        prompt, field = await self._prompts.encode_call(request.call)
         prepared = fit(resolved, prompt, self.card, field=field)
         cost_tokens = prepared.n * (len(prompt) + prepared.sampling.max_tokens)
         self._gate.weigh(cost_tokens)
         request.cost_tokens = cost_tokens
         request.raise_failure()
         request.span.prepared(prepared)
-        request.begin(tuple(self._choice(request, prepared, index) for index in range(prepared.n)))
+        opened_unix_ns = time.time_ns()
+        return tuple(self._choice(request, prepared, index, opened_unix_ns) for index in range(prepared.n))
 
-    def _choice(self, request: OpenRequest, prepared: Prepared, index: int) -> Choice:
-        stops = StopScanner(prepared.stop, include_in_output=prepared.include_stop) if prepared.stop else None
-        output = ChoiceOutput(
-            index,
-            text=self.codec.detokenizer(prepared.skip_special_tokens, continues=request.call.messages is None),
-            stops=stops,
-            min_tokens=prepared.sampling.min_tokens,
-            include_stop=prepared.include_stop,
-            prompt_token_ids=prepared.prompt_token_ids,
-        )
+    def _choice(self, request: OpenRequest, prepared: Prepared, index: int, opened_unix_ns: int) -> Choice:
+        call = request.call
         submit = submit_of(
-            request.call,
+            call,
             prepared,
             index,
             eos_token_ids=self.codec.eos_token_ids,
             traceparent=request.span.traceparent,
+            origin=origin_of(call, prepared, index, digest=request.body_digest, opened_unix_ns=opened_unix_ns),
         )
+        output = empty_output(submit, self.codec, prepared.prompt_token_ids)
         return Choice(output, submit, request, self._dispatcher)
 
     def _enter(self, request: OpenRequest) -> None:
@@ -290,3 +353,17 @@ def _checked_positions(request: OpenRequest, positions: Sequence[int]) -> tuple[
             found = f"choice {at} has had {num_tokens} tokens so far, not {position}"
             raise InvalidRequest(found, field="positions")
     return tuple(positions)
+
+
+def _fits(request: OpenRequest, positions: Sequence[int]) -> bool:
+    """Whether the client can have had these tokens from here."""
+    return all(
+        position <= len(choice.output.token_ids) for choice, position in zip(request.choices, positions, strict=False)
+    )
+
+
+def _check_same(request: OpenRequest, digest: str) -> None:
+    if request.body_digest != digest:
+        raise AlreadyExists(
+            "this idempotency key came with another request; a new request needs a new key", field="idempotency_key"
+        )

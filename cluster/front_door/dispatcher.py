@@ -15,6 +15,7 @@ from cluster.front_door.limits import Limits
 from cluster.front_door.link import Link
 from cluster.front_door.links import Links
 from cluster.front_door.metrics import FrontDoorMetrics
+from cluster.front_door.origin import note_history
 from scheduler.routing import RouteRequest
 
 __all__ = ["Dispatcher"]
@@ -51,9 +52,9 @@ class Dispatcher:
             self._deadlines_s[choice] = deadline_s
         self._place(choice, avoid=frozenset())
 
-    def forget(self, choice: Choice) -> None:
-        """The choice has ended or was given up; nothing of it is left in any group."""
-        choice.release()
+    def forget(self, choice: Choice, *, keep: bool = True) -> None:
+        """The choice has ended or was given up: no group works for it. Without `keep` none remembers it either."""
+        choice.release(keep=keep)
         self._unpark(choice)
         self._deadlines_s.pop(choice, None)
 
@@ -98,10 +99,7 @@ class Dispatcher:
             self._park(choice)
             return
         submit = choice.submit
-        del submit.output_token_ids[:]
-        submit.output_token_ids.extend(output)
-        if output:
-            submit.sampling.ClearField("prompt_logprobs")
+        note_history(submit, choice.output)
         deadline_s = self._deadlines_s.get(choice)
         if deadline_s is not None:
             submit.timeout_s = max(0.0, deadline_s - self._clock.time())

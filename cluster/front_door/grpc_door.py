@@ -18,6 +18,7 @@ from cluster.front_door.convert import (
     call_of,
     chat_call_of,
     chunk_message,
+    held_of,
     messages_of,
     model_message,
 )
@@ -77,6 +78,7 @@ class InferenceDoor:
             timeout_s=asker.timeout_s,
             door="grpc",
             traceparent=asker.traceparent,
+            held=held_of(request, asker),
         )
         await self._stream(chunks, request.request_id, context)
 
@@ -92,7 +94,7 @@ class InferenceDoor:
         await Session(self._desk, asker, context).run(requests)
 
     async def cancel(self, request: pb.CancelRequest, asker: Asker, context: Context) -> pb.CancelResponse:
-        return pb.CancelResponse(found=self._desk.cancel(request.request_id, asker.client))
+        return pb.CancelResponse(found=await self._desk.cancel_anywhere(request.request_id, asker.client))
 
     async def tokenize(self, request: pb.TokenizeRequest, asker: Asker, context: Context) -> pb.TokenizeResponse:
         given = request.WhichOneof("input")

@@ -11,7 +11,7 @@ import itertools
 import logging
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -83,6 +83,7 @@ class Link:
         self._on_change = on_change
         self._ids = itertools.count(1)
         self._open: dict[int, _Open] = {}
+        self._claims: dict[int, asyncio.Future[Sequence[session_pb2.SequenceRecord]]] = {}
         self._outstanding_tokens = 0
         self._uplinks: deque[session_pb2.Uplink] = deque()
         self._wake = asyncio.Event()
@@ -137,10 +138,23 @@ class Link:
         self._send(session_pb2.Uplink(submit=submit))
         return sequence_id
 
-    def cancel(self, sequence_id: int) -> None:
-        """Ends a sequence: nothing of it is delivered any more."""
+    def cancel(self, sequence_id: int, *, keep: bool = False) -> None:
+        """Ends a sequence: nothing of it is delivered any more. `keep`: for a while it may be claimed."""
         if self._forget(sequence_id) is not None:
-            self._send(session_pb2.Uplink(cancel=session_pb2.Cancel(sequence_id=sequence_id)))
+            self._send(session_pb2.Uplink(cancel=session_pb2.Cancel(sequence_id=sequence_id, keep=keep)))
+
+    async def claim(
+        self, client: str, request_id: str, *, cancel: bool = False
+    ) -> Sequence[session_pb2.SequenceRecord]:
+        """Takes a request from the front door that has it; nothing where the group knows none, or is lost."""
+        claim = session_pb2.Claim(claim_id=next(self._ids), client=client, request_id=request_id, cancel=cancel)
+        answer: asyncio.Future[Sequence[session_pb2.SequenceRecord]] = asyncio.get_running_loop().create_future()
+        self._claims[claim.claim_id] = answer
+        self._send(session_pb2.Uplink(claim=claim))
+        try:
+            return await answer
+        finally:
+            del self._claims[claim.claim_id]
 
     def _send(self, uplink: session_pb2.Uplink) -> None:
         self._uplinks.append(uplink)
@@ -227,6 +241,10 @@ class Link:
             self.load = message.load
         for output in message.outputs:
             self._dispatch(output)
+        for claimed in message.claimed:
+            answer = self._claims.get(claimed.claim_id)
+            if answer is not None and not answer.done():
+                answer.set_result(claimed.records)
 
     def _dispatch(self, output: session_pb2.SequenceOutput) -> None:
         sequence_id = output.sequence_id
@@ -253,6 +271,9 @@ class Link:
         lost, self._open = self._open, {}
         self._outstanding_tokens = 0
         self.load = session_pb2.Load()
+        for answer in self._claims.values():
+            if not answer.done():
+                answer.set_result(())
         if was_ready:
             self.num_lost += 1
             self._on_change()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from cluster.front_door.groups import GroupAddress
@@ -44,9 +44,18 @@ class Links:
         """Whether any group can take a sequence."""
         return any(link.ready for link in self._links.values())
 
+    @property
+    def all_ready(self) -> Sequence[Link]:
+        """Every group with a stream, those that left the roster too."""
+        return [link for link in (*self._links.values(), *self._retired) if link.ready]
+
     def on_change(self, listener: Callable[[], None]) -> None:
         """Calls `listener` whenever a group becomes ready or is lost."""
         self._listeners.append(listener)
+
+    def no_change(self, listener: Callable[[], None]) -> None:
+        """Takes an `on_change` back."""
+        self._listeners.remove(listener)
 
     def set_groups(self, groups: Iterable[GroupAddress]) -> None:
         """Takes the roster's newest list: connects to what is new, retires what has gone."""
@@ -93,5 +102,5 @@ class Links:
             task = asyncio.get_running_loop().create_task(link.close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
-        for listener in self._listeners:
+        for listener in list(self._listeners):
             listener()

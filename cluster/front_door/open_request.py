@@ -28,15 +28,16 @@ class OpenRequest:
     What arrives while the reader is busy is merged into its next chunk. Belongs to the event loop.
     """
 
-    def __init__(
-        self, call: Call, *, dispatcher: Dispatcher, clock: Clock, meter: RequestMeter, span: RequestSpan
-    ) -> None:
+    meter: RequestMeter  # both of the newest reading, which brings them
+    span: RequestSpan
+
+    def __init__(self, call: Call, *, dispatcher: Dispatcher, clock: Clock) -> None:
         self.call = call
-        self.meter = meter
-        self.span = span
         self.choices: tuple[Choice, ...] = ()
         self.cost_tokens = 0
         self.deadline_s: float | None = None
+        self.body_digest = ""  # where the client gave an idempotency key
+        self.begun = asyncio.Event()
         self._dispatcher = dispatcher
         self._clock = clock
         self._fresh: deque[Choice] = deque()
@@ -90,11 +91,17 @@ class OpenRequest:
     def begin(self, choices: tuple[Choice, ...]) -> None:
         """Sends the choices to DP groups."""
         self.choices = choices
+        self.begun.set()
         for choice in choices:
             if self._cancelled:
                 choice.cancel()
             elif self._error is None:
                 self._dispatcher.place(choice, deadline_s=self.deadline_s)
+
+    def restore(self, choices: tuple[Choice, ...]) -> None:
+        """With choices that another front door began; `rewind` sends them on."""
+        self.choices = choices
+        self.begun.set()
 
     def attach(self) -> Reader:
         """A new reader; the one before it, if any, is told that it was replaced."""
@@ -146,13 +153,14 @@ class OpenRequest:
         """By the client: every choice ends where it is."""
         self._cancelled = True
         for choice in self.choices:
-            self._dispatcher.forget(choice)
+            self._dispatcher.forget(choice, keep=False)
             choice.cancel()
 
     def fail(self, error: RequestError) -> None:
         """Ends the call; what has already come is still given to the reader before the error."""
         if self._error is None:
             self._error = error
+        self.begun.set()
         for choice in self.choices:
             self._dispatcher.forget(choice)
         self._wake()

@@ -150,6 +150,13 @@ class ChoiceOutput:
         self._given = position
         self._given_first = position > 0
 
+    def add_history(self, origin: session_pb2.Origin) -> None:
+        """Writes down what a front door that takes the choice over needs beside its tokens."""
+        origin.output_logprobs.extend(map(_entry, self._logprobs))
+        origin.prompt_logprobs.extend(_entry(each) for each in self._prompt_logprobs if each is not None)
+        if self.num_cached_tokens is not None:
+            origin.num_cached_tokens = self.num_cached_tokens
+
     def _push(self, token_id: int, *, hide: bool) -> None:
         text = "" if hide else self._codec.push(token_id)
         self.token_ids.append(token_id)
@@ -162,3 +169,13 @@ class ChoiceOutput:
 def _logprobs(entry: session_pb2.Logprobs) -> TokenLogprobs:
     top = tuple(zip(entry.top_token_ids, entry.top_logprobs, strict=True))
     return TokenLogprobs(entry.token_id, entry.logprob, entry.rank, top)
+
+
+def _entry(logprobs: TokenLogprobs) -> session_pb2.Logprobs:
+    return session_pb2.Logprobs(
+        token_id=logprobs.token_id,
+        logprob=logprobs.logprob,
+        rank=logprobs.rank,
+        top_token_ids=[token_id for token_id, _ in logprobs.top],
+        top_logprobs=[logprob for _, logprob in logprobs.top],
+    )

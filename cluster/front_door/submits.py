@@ -11,7 +11,13 @@ __all__ = ["submit_of"]
 
 
 def submit_of(
-    call: Call, prepared: Prepared, index: int, *, eos_token_ids: frozenset[int], traceparent: str
+    call: Call,
+    prepared: Prepared,
+    index: int,
+    *,
+    eos_token_ids: frozenset[int],
+    traceparent: str,
+    origin: session_pb2.Origin,
 ) -> session_pb2.Submit:
     """Choice `index` of a call; its sequence id and what is left of its deadline are filled in when it is sent."""
     return session_pb2.Submit(
@@ -22,6 +28,7 @@ def submit_of(
         tenant=call.tenant,
         traceparent=traceparent,
         eos_token_ids=sorted(eos_token_ids),
+        origin=origin,
     )
 
 

@@ -168,7 +168,8 @@ def _check_identity(call: Call, limits: Limits) -> None:
     request_id = call.request_id
     if len(request_id) > limits.max_request_id_chars or not (request_id.isprintable() and request_id.isascii()):
         rule = f"printable ASCII of at most {limits.max_request_id_chars} characters"
-        raise InvalidRequest(f"request_id must be {rule}", field="request_id")
+        field = "idempotency_key" if call.idempotency_key else "request_id"
+        raise InvalidRequest(f"{field} must be {rule}", field=field)
     _within("priority", call.priority, -limits.max_priority, limits.max_priority)
 
 

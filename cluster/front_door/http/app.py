@@ -127,7 +127,9 @@ class _Door:
         body = await self._body(request, CompletionBody)
         calls = completion_calls(body, who, self._limits)
         style = CompletionStyle(body, calls, self._desk.codec)
-        return await self._answer(request, body, calls, style, id=body.request_id or calls[0].request_id)
+        return await self._answer(
+            request, body, calls, style, id=body.request_id or who.idempotency_key or calls[0].request_id
+        )
 
     async def chat_completions(self, request: Request) -> Response:
         who = asker(request, self._authenticate)

@@ -21,6 +21,7 @@ class Asker:
     client: str = ""
     timeout_s: float | None = None
     traceparent: str = ""
+    idempotency_key: str = ""
 
 
 def completion_calls(body: CompletionBody, asker: Asker, limits: HttpLimits) -> tuple[Call, ...]:
@@ -39,7 +40,7 @@ def completion_calls(body: CompletionBody, asker: Asker, limits: HttpLimits) -> 
     sampling = _sampling(
         body, max_tokens=_num_to_make(body), logprobs=body.logprobs, prompt_logprobs=_num_prompt_logprobs(body)
     )
-    base = body.request_id or f"cmpl-{secrets.token_hex(16)}"
+    base = _name(body, asker) or f"cmpl-{secrets.token_hex(16)}"
     return tuple(
         _call(
             body,
@@ -71,7 +72,7 @@ def chat_call(body: ChatBody, asker: Asker) -> Call:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_logprobs=body.prompt_logprobs,
         ),
-        request_id=body.request_id or f"chatcmpl-{secrets.token_hex(16)}",
+        request_id=_name(body, asker) or f"chatcmpl-{secrets.token_hex(16)}",
         messages=messages_of(body.messages),
         add_generation_prompt=body.add_generation_prompt is not False,
         chat_template_kwargs=template_kwargs(body.chat_template_kwargs),
@@ -92,6 +93,13 @@ def template_kwargs(given: dict[str, object] | None) -> dict[str, object]:
 def scores_only(body: CompletionBody) -> bool:
     """Whether only the prompt is wanted, with its log-probabilities: `echo` and `max_tokens: 0`."""
     return body.echo is True and body.max_tokens == 0
+
+
+def _name(body: ChatBody | CompletionBody, asker: Asker) -> str:
+    """What the client calls the request. Raises InvalidRequest where it has two names."""
+    if body.request_id and asker.idempotency_key:
+        raise InvalidRequest("Idempotency-Key stands in place of request_id; send one of them", field="request_id")
+    return body.request_id or asker.idempotency_key
 
 
 def _num_to_make(body: CompletionBody) -> int | None:
@@ -135,6 +143,7 @@ def _call(
         model=body.model,
         sampling=sampling,
         request_id=request_id,
+        idempotency_key=request_id if asker.idempotency_key else "",
         priority=body.priority or 0,
         client=asker.client,
         tenant=asker.client,

@@ -19,6 +19,7 @@ __all__ = ["Envelop", "asker"]
 
 REQUEST_ID = "x-request-id"
 TIMEOUT = "x-request-timeout"
+IDEMPOTENCY_KEY = "idempotency-key"
 _MOST_ID_CHARS = 128
 
 
@@ -62,6 +63,7 @@ def asker(request: Request, authenticate: Authenticate | None) -> Asker:
         client=authenticate(key_in_metadata(headers.items())) if authenticate is not None else "",
         timeout_s=_timeout_s(headers),
         traceparent=headers.get("traceparent", ""),
+        idempotency_key=headers.get(IDEMPOTENCY_KEY, ""),
     )
 
 

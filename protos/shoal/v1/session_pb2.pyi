@@ -41,6 +41,8 @@ class _FinishEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Finish.ValueTy
     """the queue is full, or the sequence can never fit; see error"""
     FINISH_FAILED: _Finish.ValueType  # 6
     """the engine failed; the front door may replay"""
+    FINISH_MOVED: _Finish.ValueType  # 7
+    """another front door goes on with it"""
 
 class Finish(_Finish, metaclass=_FinishEnumTypeWrapper): ...
 
@@ -54,6 +56,8 @@ FINISH_REFUSED: Finish.ValueType  # 5
 """the queue is full, or the sequence can never fit; see error"""
 FINISH_FAILED: Finish.ValueType  # 6
 """the engine failed; the front door may replay"""
+FINISH_MOVED: Finish.ValueType  # 7
+"""another front door goes on with it"""
 Global___Finish: _TypeAlias = Finish  # noqa: Y015
 
 @_typing.final
@@ -63,6 +67,7 @@ class Uplink(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     SUBMIT_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    CLAIM_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """first, once"""
@@ -71,18 +76,21 @@ class Uplink(_message.Message):
     def submit(self) -> Global___Submit: ...
     @_builtins.property
     def cancel(self) -> Global___Cancel: ...
+    @_builtins.property
+    def claim(self) -> Global___Claim: ...
     def __init__(
         self,
         *,
         hello: Global___Hello | None = ...,
         submit: Global___Submit | None = ...,
         cancel: Global___Cancel | None = ...,
+        claim: Global___Claim | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "hello", b"hello", "message", b"message", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "claim", b"claim", "hello", b"hello", "message", b"message", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "hello", b"hello", "message", b"message", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "claim", b"claim", "hello", b"hello", "message", b"message", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "submit", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "submit", "cancel", "claim"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -123,6 +131,7 @@ class Submit(_message.Message):
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """unique within the stream"""
     request_id: _builtins.str
@@ -147,6 +156,10 @@ class Submit(_message.Message):
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """end the sequence unless ignore_eos"""
 
+    @_builtins.property
+    def origin(self) -> Global___Origin:
+        """kept with the sequence for another front door; the group reads its names only"""
+
     def __init__(
         self,
         *,
@@ -160,10 +173,11 @@ class Submit(_message.Message):
         timeout_s: _builtins.float | None = ...,
         traceparent: _builtins.str = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        origin: Global___Origin | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "sampling", b"sampling", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "origin", b"origin", "sampling", b"sampling", "timeout_s", b"timeout_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "eos_token_ids", b"eos_token_ids", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "sequence_id", b"sequence_id", "tenant", b"tenant", "timeout_s", b"timeout_s", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "eos_token_ids", b"eos_token_ids", "origin", b"origin", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "sequence_id", b"sequence_id", "tenant", b"tenant", "timeout_s", b"timeout_s", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__timeout_s: _TypeAlias = _typing.Literal["timeout_s"]  # noqa: Y015
     _WhichOneofArgType__timeout_s: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s"]  # noqa: Y015
@@ -176,19 +190,176 @@ class Cancel(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
+    keep: _builtins.bool
+    """the client may come back: what there is stays known for a while"""
     def __init__(
         self,
         *,
         sequence_id: _builtins.int = ...,
+        keep: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence_id", b"sequence_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep", b"keep", "sequence_id", b"sequence_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
+
+@_typing.final
+class Origin(_message.Message):
+    """What a front door must know, beside a sequence itself, to go on with a request that another one took in."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    INCLUDE_STOP_FIELD_NUMBER: _builtins.int
+    SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    CONTINUES_TEXT_FIELD_NUMBER: _builtins.int
+    BODY_DIGEST_FIELD_NUMBER: _builtins.int
+    OPENED_UNIX_NS_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    OUTPUT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    client: _builtins.str
+    """whose request it is; request ids are each client's own"""
+    index: _builtins.int
+    """which of the n choices"""
+    n: _builtins.int
+    include_stop: _builtins.bool
+    skip_special_tokens: _builtins.bool
+    continues_text: _builtins.bool
+    """the output goes on behind a text, so that a leading space is meant"""
+    body_digest: _builtins.str
+    """of a request with an idempotency key"""
+    opened_unix_ns: _builtins.int
+    """when the request came in"""
+    attempt: _builtins.int
+    """rises with every submit of the choice"""
+    num_cached_tokens: _builtins.int
+    @_builtins.property
+    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def output_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Logprobs]:
+        """Of output_token_ids, in a replay."""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Logprobs]: ...
+    def __init__(
+        self,
+        *,
+        client: _builtins.str = ...,
+        index: _builtins.int = ...,
+        n: _builtins.int = ...,
+        stop: _abc.Iterable[_builtins.str] | None = ...,
+        include_stop: _builtins.bool = ...,
+        skip_special_tokens: _builtins.bool = ...,
+        continues_text: _builtins.bool = ...,
+        body_digest: _builtins.str = ...,
+        opened_unix_ns: _builtins.int = ...,
+        attempt: _builtins.int = ...,
+        output_logprobs: _abc.Iterable[Global___Logprobs] | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___Logprobs] | None = ...,
+        num_cached_tokens: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens", "num_cached_tokens", b"num_cached_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens", "attempt", b"attempt", "body_digest", b"body_digest", "client", b"client", "continues_text", b"continues_text", "include_stop", b"include_stop", "index", b"index", "n", b"n", "num_cached_tokens", b"num_cached_tokens", "opened_unix_ns", b"opened_unix_ns", "output_logprobs", b"output_logprobs", "prompt_logprobs", b"prompt_logprobs", "skip_special_tokens", b"skip_special_tokens", "stop", b"stop"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__num_cached_tokens: _TypeAlias = _typing.Literal["num_cached_tokens"]  # noqa: Y015
+    _WhichOneofArgType__num_cached_tokens: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_cached_tokens) -> _WhichOneofReturnType__num_cached_tokens | None: ...
+
+Global___Origin: _TypeAlias = Origin  # noqa: Y015
+
+@_typing.final
+class Claim(_message.Message):
+    """Asks for a request that another front door took in. Its sequences end here, as FINISH_MOVED to whoever has them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLAIM_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
+    claim_id: _builtins.int
+    """unique within the stream"""
+    client: _builtins.str
+    request_id: _builtins.str
+    cancel: _builtins.bool
+    """only to end it, as FINISH_CANCELLED"""
+    def __init__(
+        self,
+        *,
+        claim_id: _builtins.int = ...,
+        client: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        cancel: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "claim_id", b"claim_id", "client", b"client", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Claim: _TypeAlias = Claim  # noqa: Y015
+
+@_typing.final
+class Claimed(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLAIM_ID_FIELD_NUMBER: _builtins.int
+    RECORDS_FIELD_NUMBER: _builtins.int
+    claim_id: _builtins.int
+    @_builtins.property
+    def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceRecord]: ...
+    def __init__(
+        self,
+        *,
+        claim_id: _builtins.int = ...,
+        records: _abc.Iterable[Global___SequenceRecord] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim_id", b"claim_id", "records", b"records"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Claimed: _TypeAlias = Claimed  # noqa: Y015
+
+@_typing.final
+class SequenceRecord(_message.Message):
+    """A sequence that runs here, or did not long ago."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBMIT_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def submit(self) -> Global___Submit: ...
+    @_builtins.property
+    def output(self) -> Global___SequenceOutput:
+        """all of it since the submit, as one; finish only where the sequence is complete"""
+
+    def __init__(
+        self,
+        *,
+        submit: Global___Submit | None = ...,
+        output: Global___SequenceOutput | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "submit", b"submit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "submit", b"submit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SequenceRecord: _TypeAlias = SequenceRecord  # noqa: Y015
 
 @_typing.final
 class Downlink(_message.Message):
@@ -199,6 +370,7 @@ class Downlink(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     INFO_FIELD_NUMBER: _builtins.int
+    CLAIMED_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     step: _builtins.int
     @_builtins.property
@@ -209,6 +381,8 @@ class Downlink(_message.Message):
     def info(self) -> Global___GroupInfo:
         """in the first message only"""
 
+    @_builtins.property
+    def claimed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Claimed]: ...
     def __init__(
         self,
         *,
@@ -217,10 +391,11 @@ class Downlink(_message.Message):
         outputs: _abc.Iterable[Global___SequenceOutput] | None = ...,
         load: Global___Load | None = ...,
         info: Global___GroupInfo | None = ...,
+        claimed: _abc.Iterable[Global___Claimed] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "info", b"info", "load", b"load", "outputs", b"outputs", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claimed", b"claimed", "generation", b"generation", "info", b"info", "load", b"load", "outputs", b"outputs", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

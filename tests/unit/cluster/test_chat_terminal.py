@@ -59,7 +59,7 @@ class FakeStub:
                 raise item
             last = at == len(self.script) - 1
             finish = pb.FINISH_REASON_LENGTH if last else pb.FINISH_REASON_UNSPECIFIED
-            yield pb.GenerateChunk(text=str(item), token_ids=[at], finish_reason=finish)
+            yield pb.GenerateChunk(text=str(item), position=at, token_ids=[at], finish_reason=finish)
 
 
 class Scene:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
@@ -63,6 +63,11 @@ class _Call:
 class ScriptedLink(Link):
     """A link whose stream is the test."""
 
+    def __init__(self, where: GroupAddress, options: LinkOptions, on_change: Callable[[], None]) -> None:
+        super().__init__(where, options, on_change)
+        self.records: list[pb.SequenceRecord] = []
+        self.claims: list[tuple[str, str, bool]] = []
+
     def start(self) -> None:
         pass
 
@@ -79,6 +84,11 @@ class ScriptedLink(Link):
 
     def down(self, reason: str = "it died") -> None:
         self._lose(reason)
+
+    async def claim(self, client: str, request_id: str, *, cancel: bool = False) -> Sequence[pb.SequenceRecord]:
+        """What the test lays down in `records`."""
+        self.claims.append((client, request_id, cancel))
+        return self.records
 
     def say(self, *outputs: pb.SequenceOutput, generation: int | None = None) -> None:
         """One step's message."""
