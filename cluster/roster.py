@@ -33,6 +33,8 @@ class EngineReport:
     status: admin_pb2.EngineStatus = field(default_factory=admin_pb2.EngineStatus)
     progress: float = 0.0  # of loading, 0 to 1
     error: str = ""  # what went wrong last, in one line
+    pid: int = 0  # the leader's, on `node`
+    node: str = ""
     refused: bool = False  # the error is the user's to mend: the settings or the model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from typing import Any
 
@@ -72,6 +73,10 @@ class RosterActor:
     async def overview(self) -> tuple[tuple[EngineReport, ...], tuple[FrontDoorReport, ...]]:
         """What everyone last said of themselves."""
         return self._roster.engines(), self._roster.front_doors()
+
+    async def whereabouts(self) -> tuple[str, int]:
+        """This process: its node's address and its id."""
+        return ray.util.get_node_ip_address(), os.getpid()
 
     async def _announce(self) -> None:
         """Wakes the watchers where there is something new."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from cluster.config.load import ConfigError
 from cluster.config.schema import SecuritySection
 
-__all__ = ["api_keys", "new_secret"]
+__all__ = ["administrators", "api_keys", "new_secret"]
 
 _MIN_KEY_CHARS = 8
 
@@ -28,3 +28,11 @@ def api_keys(section: SecuritySection) -> Mapping[str, str]:
     if len(set(given.values())) < len(given):
         raise ConfigError("security.api_key: two names hold the same key")
     return dict(given)
+
+
+def administrators(section: SecuritySection, keys: Mapping[str, str]) -> tuple[str, ...]:
+    """Who may operate the cluster. Raises ConfigError for a name without a key."""
+    for name in section.administrators:
+        if name not in keys:
+            raise ConfigError(f"security.administrators: {name} has no key; name it in security.api_key")
+    return section.administrators

@@ -11,6 +11,7 @@ import ray
 from ray import serve
 
 from cluster import logs, telemetry
+from cluster.app.faults import inject
 from cluster.app.spec import ClusterSpec
 from cluster.app.status import status_response
 from cluster.front_door.limits import Limits
@@ -47,12 +48,14 @@ class FrontDoor:
                 grpc_port=spec.grpc_port,
                 http_port=spec.http_port,
                 api_keys=spec.api_keys,
+                administrators=spec.administrators,
+                chaos=spec.chaos,
                 cors_origins=spec.cors_origins,
                 limits=Limits(resume_window_s=spec.settings.resume_window_s),
             ),
             spec.settings.model_path,
             spec.card,
-            status=self.status,
+            operations=self,
         )
         try:
             await self._server.start()
@@ -78,6 +81,12 @@ class FrontDoor:
             answer.warnings.append("the roster does not answer: engines and other front doors are not known")
             return answer
         return status_response(self._spec, engines, front_doors, self._server.links.links)
+
+    async def inject(self, request: admin_pb2.InjectRequest) -> admin_pb2.InjectResponse:
+        """For `shoal chaos`."""
+        engines, front_doors = await self._roster.overview.remote()
+        log.warning("an administrator asks for %s of %s", request.fault, request.target)
+        return await inject(request, engines, front_doors)
 
     async def __del__(self) -> None:
         """Serve's farewell: open calls are finished first."""

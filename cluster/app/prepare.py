@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cluster.app.ports import free_port
 from cluster.app.spec import ClusterSpec
-from cluster.config import Config
+from cluster.config import Config, ConfigError
 from cluster.config.environment import cache_folder
 from cluster.config.machine import Machine
 from cluster.config.resolve import engine_settings
@@ -17,7 +17,7 @@ from cluster.models import catalog
 from cluster.models.errors import ModelError
 from cluster.models.folder import inspect
 from cluster.models.progress import Progress
-from cluster.security import api_keys, new_secret
+from cluster.security import administrators, api_keys, new_secret
 from cluster.telemetry import endpoint_of
 
 __all__ = ["prepare"]
@@ -27,6 +27,10 @@ def prepare(config: Config, machine: Machine, progress: Progress) -> ClusterSpec
     """Raises ConfigError, ModelError or PortError."""
     cluster = config.cluster
     keys = dict(api_keys(config.security))
+    if config.chaos.enabled and not config.security.administrators:
+        raise ConfigError(
+            "chaos.enabled: name who may do it in security.administrators, with a key in security.api_key"
+        )
     grpc_port = free_port(cluster.host, cluster.port, key="cluster.port", option="--port")
     http_port = free_port(cluster.host, cluster.http_port, key="cluster.http_port", option="--http-port")
     models_dir = Path(config.model.models_dir).expanduser() if config.model.models_dir else cache_folder()
@@ -51,6 +55,8 @@ def prepare(config: Config, machine: Machine, progress: Progress) -> ClusterSpec
         card=replace(card, architecture=card.architecture or model.config.model_type),
         secret=new_secret(),
         api_keys=keys,
+        administrators=administrators(config.security, keys),
+        chaos=config.chaos.enabled,
         cors_origins=config.security.cors_origin,
         rank_host=None if cluster.address else "127.0.0.1",
         host=cluster.host,

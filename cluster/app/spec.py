@@ -28,4 +28,6 @@ class ClusterSpec:
     drain_timeout_s: float
     log_level: str
     otlp_endpoint: str | None
+    administrators: tuple[str, ...] = ()
+    chaos: bool = False
     warnings: tuple[str, ...] = ()

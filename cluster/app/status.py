@@ -25,11 +25,14 @@ def status_response(
     for report in engines:
         engine = response.engines.add()
         engine.CopyFrom(report.status)
+        engine.leader_pid, engine.leader_node = report.pid, report.node
         for group in engine.dp_groups:
             if link := loads.get((report.engine, group.index)):
                 _add_load(group, link)
     for door in front_doors:
-        response.front_doors.add(id=door.id, node=door.node, open_requests=door.open_requests, dp_groups=door.dp_groups)
+        response.front_doors.add(
+            id=door.id, node=door.node, pid=door.pid, open_requests=door.open_requests, dp_groups=door.dp_groups
+        )
     response.warnings.extend(_warnings(spec, engines, front_doors))
     return response
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cluster.cli.chat import chat
+from cluster.cli.operate import chaos
 
 __all__ = ["app"]
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 models_app = typer.Typer(help="Models by name.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 app.command()(chat)
+app.command()(chaos)
 
 
 class LogLevel(StrEnum):

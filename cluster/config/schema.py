@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt, Le
 
 __all__ = [
+    "ChaosSection",
     "ClusterSection",
     "Config",
     "ExpertBalanceSection",
@@ -99,13 +100,15 @@ class ResourcesSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SecuritySection:
-    """`api_key` is one key, or several by the name of who holds them. `insecure` states that an address other than
-    loopback may be served without a key."""
+    """`api_key` is one key, or several by the name of who holds them; `administrators` are the names that may drain,
+    scale, roll out and harm (a lone key is called "default"). `insecure` states that an address other than loopback
+    may be served without a key."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
     api_key: str | dict[str, str] | None = None
     insecure: bool = False
     cors_origin: tuple[str, ...] = ()
+    administrators: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +136,14 @@ class ClusterSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ChaosSection:
+    """`enabled`: administrators may kill, freeze and slow down processes with `shoal chaos`."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
+    enabled: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """The whole file."""
 
@@ -144,3 +155,4 @@ class Config:
     security: SecuritySection = field(default_factory=SecuritySection)
     telemetry: TelemetrySection = field(default_factory=TelemetrySection)
     cluster: ClusterSection = field(default_factory=ClusterSection)
+    chaos: ChaosSection = field(default_factory=ChaosSection)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +82,8 @@ class Engine:
             report = EngineReport(
                 engine=engine,
                 leader=self._id,
+                pid=os.getpid(),
+                node=self._spec.rank_host or ray.util.get_node_ip_address(),
                 groups=leader.groups(),
                 status=leader.status(),
                 progress=leader.progress,

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from cluster.front_door.admin_door import ADMIN, AdminDoor
 from cluster.front_door.auth import Authenticate
-from cluster.front_door.convert import Asker
 from cluster.front_door.desk import Desk
 from cluster.front_door.grpc_door import SERVICE, InferenceDoor
-from cluster.front_door.grpc_guard import Context, Guard, Method, handler
-from protos.shoal.v1 import admin_pb2
 
-__all__ = ["GrpcServer", "Status"]
+__all__ = ["GrpcServer"]
 
-Status = Callable[[], Awaitable[admin_pb2.StatusResponse]]
-
-_ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 _REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 
@@ -29,16 +22,16 @@ class GrpcServer:
     """Serves `desk` on one port, which several front doors on a node may share."""
 
     def __init__(
-        self, desk: Desk, *, authenticate: Authenticate, status: Status | None, max_message_bytes: int
+        self, desk: Desk, *, authenticate: Authenticate, admin: AdminDoor | None, max_message_bytes: int
     ) -> None:
         self._desk = desk
         self._server = grpc.aio.server(options=_options(max_message_bytes))
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._services = [SERVICE]
         handlers = [InferenceDoor(desk, authenticate).handler()]
-        if status is not None:
-            handlers.append(_admin_handler(status, authenticate))
-            self._services.append(_ADMIN)
+        if admin is not None:
+            handlers.append(admin.handler())
+            self._services.append(ADMIN)
         self._server.add_generic_rpc_handlers(tuple(handlers))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._add_reflection()
@@ -93,14 +86,6 @@ class GrpcServer:
         )
         handlers = grpc.method_handlers_generic_handler(_REFLECTION_V1, {"ServerReflectionInfo": method})
         self._server.add_generic_rpc_handlers((handlers,))
-
-
-def _admin_handler(status: Status, authenticate: Authenticate) -> grpc.GenericRpcHandler[Any, Any]:
-    async def answer(request: admin_pb2.StatusRequest, asker: Asker, context: Context) -> admin_pb2.StatusResponse:
-        return await status()
-
-    behaviour = Guard(authenticate)(answer, "Status")
-    return handler(_ADMIN, {"Status": Method(behaviour, admin_pb2.StatusRequest, grpc.unary_unary_rpc_method_handler)})
 
 
 def _options(max_message_bytes: int) -> tuple[tuple[str, int], ...]:

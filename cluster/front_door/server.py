@@ -11,11 +11,12 @@ from pathlib import Path
 from opentelemetry import trace
 from prometheus_client import CollectorRegistry
 
+from cluster.front_door.admin_door import AdminDoor, Operations
 from cluster.front_door.auth import ApiKeys
 from cluster.front_door.chat_template import ChatTemplate
 from cluster.front_door.desk import Desk
 from cluster.front_door.groups import GroupAddress
-from cluster.front_door.grpc_server import GrpcServer, Status
+from cluster.front_door.grpc_server import GrpcServer
 from cluster.front_door.http.app import build_app
 from cluster.front_door.http.seam import HttpLimits
 from cluster.front_door.http_server import HttpServer
@@ -41,9 +42,15 @@ class FrontDoorSettings:
     grpc_port: int = 9000
     http_port: int | None = 8000  # None: no HTTP door
     api_keys: Mapping[str, str] = field(default_factory=dict)
+    administrators: tuple[str, ...] = ()  # names of keys; where there are no keys, everybody is one
+    chaos: bool = False  # whether administrators may inject faults
     cors_origins: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     routing: str = "power-of-two"
+
+    def may_operate(self, client: str) -> bool:
+        """Whether a client may drain, scale and the like."""
+        return not self.api_keys or client in self.administrators
 
 
 class FrontDoorServer:
@@ -57,7 +64,7 @@ class FrontDoorServer:
         codec: TextCodec,
         template: Template | None = None,
         registry: CollectorRegistry | None = None,
-        status: Status | None = None,
+        operations: Operations | None = None,
         tracer: trace.Tracer | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
@@ -81,10 +88,13 @@ class FrontDoorServer:
             tracer=tracer,
         )
         authenticate = ApiKeys(settings.api_keys)
+        admin = None
+        if operations is not None:
+            admin = AdminDoor(operations, authenticate, may_operate=settings.may_operate, chaos=settings.chaos)
         self._grpc = GrpcServer(
             self.desk,
             authenticate=authenticate,
-            status=status,
+            admin=admin,
             max_message_bytes=settings.limits.max_message_bytes,
         )
         app = build_app(
@@ -106,7 +116,7 @@ class FrontDoorServer:
         card: ModelCard,
         *,
         registry: CollectorRegistry | None = None,
-        status: Status | None = None,
+        operations: Operations | None = None,
         tracer: trace.Tracer | None = None,
     ) -> FrontDoorServer:
         """With the tokenizer and the chat template of a model folder. Raises ValueError naming the file at fault."""
@@ -116,7 +126,7 @@ class FrontDoorServer:
             codec=Tokenizer.from_folder(folder),
             template=ChatTemplate.from_folder(folder),
             registry=registry,
-            status=status,
+            operations=operations,
             tracer=tracer,
         )
 

@@ -10,14 +10,15 @@ from typing import Any
 
 import grpc
 
-from cluster.front_door.grpc_server import Status
+from cluster.front_door.admin_door import Operations
+from cluster.front_door.errors import InvalidRequest
 from cluster.front_door.limits import Limits
 from cluster.front_door.server import FrontDoorServer, FrontDoorSettings
+from protos.shoal.v1 import admin_pb2, inference_pb2_grpc
 from protos.shoal.v1 import inference_pb2 as pb
-from protos.shoal.v1 import inference_pb2_grpc
 from tests.fakes import CARD, SECRET, ByteCodec, FakeGroup, LineTemplate, hashed, serving
 
-__all__ = ["Door", "Stream", "expected_text", "open_door", "ready", "request", "rest", "take"]
+__all__ = ["Door", "FakeOperations", "Stream", "expected_text", "open_door", "ready", "request", "rest", "take"]
 
 Stream = grpc.aio.UnaryStreamCall[Any, pb.GenerateChunk]
 
@@ -44,7 +45,9 @@ async def open_door(
     secret: str = SECRET,
     await_groups: bool = True,
     grpc_port: int = 0,
-    status: Status | None = None,
+    operations: Operations | None = None,
+    administrators: tuple[str, ...] = (),
+    chaos: bool = False,
 ) -> AsyncIterator[Door]:
     """Groups are started, the door opened, and all of it ended whatever happens."""
     settings = FrontDoorSettings(
@@ -54,9 +57,11 @@ async def open_door(
         http_port=0 if http else None,
         limits=limits or Limits(),
         api_keys=api_keys or {},
+        administrators=administrators,
+        chaos=chaos,
     )
     async with serving(*groups):
-        server = FrontDoorServer(settings, card=CARD, codec=ByteCodec(), template=LineTemplate(), status=status)
+        server = FrontDoorServer(settings, card=CARD, codec=ByteCodec(), template=LineTemplate(), operations=operations)
         await server.start()
         try:
             server.set_groups([group.address for group in groups])
@@ -66,6 +71,33 @@ async def open_door(
                 yield Door(server, channel, inference_pb2_grpc.InferenceStub(channel))
         finally:
             await server.stop()
+
+
+class FakeOperations:
+    """Says what it was asked."""
+
+    async def status(self) -> admin_pb2.StatusResponse:
+        return admin_pb2.StatusResponse(model="fake", warnings=["slow"])
+
+    async def drain(self, request: admin_pb2.DrainRequest) -> AsyncIterator[admin_pb2.OperationEvent]:
+        yield _event(f"drains {request.target}")
+        yield _event("drained", admin_pb2.OperationEvent.STATE_DONE)
+
+    async def scale(self, request: admin_pb2.ScaleRequest) -> AsyncIterator[admin_pb2.OperationEvent]:
+        yield _event(f"scales to {request.engines}", admin_pb2.OperationEvent.STATE_DONE)
+
+    async def rollout(self, request: admin_pb2.RolloutRequest) -> AsyncIterator[admin_pb2.OperationEvent]:
+        raise InvalidRequest("config: no such key", field="config")
+        yield _event("")
+
+    async def inject(self, request: admin_pb2.InjectRequest) -> admin_pb2.InjectResponse:
+        return admin_pb2.InjectResponse(node=request.target)
+
+
+def _event(
+    line: str, state: admin_pb2.OperationEvent.State.ValueType = admin_pb2.OperationEvent.STATE_RUNNING
+) -> admin_pb2.OperationEvent:
+    return admin_pb2.OperationEvent(state=state, line=line)
 
 
 async def ready(server: FrontDoorServer, num_groups: int) -> None:

@@ -19,7 +19,7 @@ from cluster.front_door.server import FrontDoorServer, FrontDoorSettings
 from protos.shoal.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.shoal.v1 import inference_pb2 as pb
 from tests.fakes import BOS, CARD, EOS, SECRET, ByteCodec, FakeGroup, says
-from tests.integration.doors import Door, expected_text, open_door, request, rest, take
+from tests.integration.doors import Door, FakeOperations, expected_text, open_door, request, rest, take
 
 HI = [BOS, *b"hi"]
 
@@ -336,10 +336,7 @@ async def test_front_doors_on_one_node_share_a_port() -> None:
 
 
 async def test_operators_ask_for_the_status() -> None:
-    async def status() -> admin_pb2.StatusResponse:
-        return admin_pb2.StatusResponse(model="fake", warnings=["slow"])
-
-    async with open_door(FakeGroup(), status=status, api_keys={"ops": "key-of-ops"}) as door:
+    async with open_door(FakeGroup(), operations=FakeOperations(), api_keys={"ops": "key-of-ops"}) as door:
         admin = admin_pb2_grpc.AdminStub(door.channel)
         answer = await admin.Status(admin_pb2.StatusRequest(), metadata=(("x-api-key", "key-of-ops"),))
         assert (answer.model, list(answer.warnings)) == ("fake", ["slow"])

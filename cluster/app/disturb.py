@@ -1,0 +1,62 @@
+"""Harms one process of this node on purpose. Run as a script of its own, so that it outlives whoever asked for it:
+
+    python -I -S disturb.py PID START kill|freeze|slow DURATION_S SHARE
+
+It goes on as a child of nobody: Ray ends what its workers leave behind. START is when the process was started, as
+`guard` has it: a later one of the same id is left alone. Whatever happens, a process that still lives at the end is
+running again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+
+_FIRST_S = 0.05  # so that who asked has its answer, even if it is the one that is hit
+_PERIOD_S = 0.1
+
+
+def _started(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def disturb(pid: int, started: str, fault: str, duration_s: float, share: float) -> None:
+    time.sleep(_FIRST_S)
+    if _started(pid) != started:
+        return
+    if fault == "kill":
+        os.kill(pid, signal.SIGKILL)
+        return
+    end_s = time.monotonic() + duration_s
+    try:
+        while (left_s := end_s - time.monotonic()) > 0 and _started(pid) == started:
+            os.kill(pid, signal.SIGSTOP)
+            if fault == "freeze":
+                time.sleep(left_s)
+            else:
+                time.sleep(_PERIOD_S * share)
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(_PERIOD_S * (1 - share))
+    finally:
+        if _started(pid) == started:
+            os.kill(pid, signal.SIGCONT)
+
+
+def main() -> None:
+    pid, started, fault, duration_s, share = sys.argv[1:]
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    with contextlib.suppress(ProcessLookupError):  # it ended by itself
+        disturb(int(pid), started, fault, float(duration_s), float(share))
+
+
+if __name__ == "__main__":
+    main()

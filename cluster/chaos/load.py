@@ -1,0 +1,124 @@
+"""A load of streams that never lets go: each is followed until its end, and what happened to it is written down."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import grpc
+
+from cluster.client.held import BrokenStream, Held
+from cluster.client.streams import follow
+from protos.shoal.v1 import inference_pb2 as pb
+
+__all__ = ["Load", "StreamRecord", "Work", "reference"]
+
+Connect = Callable[[], grpc.aio.Channel]
+Metadata = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A request that always has the same answer."""
+
+    prompt: str
+    seed: int
+    num_tokens: int
+    temperature: float = 1.0
+
+    def request(self) -> pb.GenerateRequest:
+        return pb.GenerateRequest(
+            text=self.prompt,
+            sampling=pb.SamplingParams(
+                seed=self.seed, max_tokens=self.num_tokens, ignore_eos=True, temperature=self.temperature
+            ),
+        )
+
+
+@dataclass(slots=True)
+class StreamRecord:
+    """One request as its client saw it. Times are of `time.monotonic`."""
+
+    work: Work
+    started_s: float
+    ended_s: float | None = None
+    token_ids: list[int] = field(default_factory=list)
+    arrivals: list[tuple[float, int]] = field(default_factory=list)  # when, and how many tokens
+    pause_s: float = 0.0  # the longest wait for a token behind the first
+    paused_at_s: float = 0.0  # when it began
+    error: str = ""
+    broken: str = ""  # "repeated" or "skipped"
+
+    @property
+    def finished(self) -> bool:
+        return self.ended_s is not None and not self.error and not self.broken
+
+
+async def run_one(connect: Connect, work: Work, record: StreamRecord, metadata: Metadata) -> None:
+    """Follows a request to its end."""
+    held = Held(work.request())
+    last_s: float | None = None
+    try:
+        async with aclosing(follow(connect, held, metadata=metadata)) as chunks:
+            async for chunk in chunks:
+                now_s = time.monotonic()
+                if chunk.token_ids:
+                    record.arrivals.append((now_s, len(chunk.token_ids)))
+                if last_s is not None and now_s - last_s > record.pause_s:
+                    record.pause_s, record.paused_at_s = now_s - last_s, last_s
+                last_s = now_s
+        if len(held.token_ids[0]) != work.num_tokens:
+            record.error = f"ended after {len(held.token_ids[0])} of {work.num_tokens} tokens"
+    except BrokenStream as error:
+        record.broken = error.kind
+    except grpc.aio.AioRpcError as error:
+        record.error = f"{error.code().name}: {error.details()}"
+    record.token_ids = list(held.token_ids[0])
+    record.ended_s = time.monotonic()
+
+
+async def reference(connect: Connect, works: Sequence[Work], metadata: Metadata) -> Mapping[Work, list[int]]:
+    """Every work's answer while nothing disturbs it. Raises RuntimeError where there is none."""
+    answers: dict[Work, list[int]] = {}
+    for work in works:
+        record = StreamRecord(work, time.monotonic())
+        await run_one(connect, work, record, metadata)
+        if not record.finished:
+            raise RuntimeError(f"the server does not answer even undisturbed: {record.error or record.broken}")
+        answers[work] = record.token_ids
+    return answers
+
+
+class Load:
+    """`num_streams` requests at any time, one after the other on each, until `stop`; then all are finished."""
+
+    def __init__(self, connect: Connect, works: Sequence[Work], *, num_streams: int, metadata: Metadata = ()) -> None:
+        self._connect = connect
+        self._works = works
+        self._num_streams = num_streams
+        self._metadata = metadata
+        self._stopped = False
+        self._next = 0
+        self.records: list[StreamRecord] = []
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(self._num_streams):
+                tasks.create_task(self._one_after_the_other())
+
+    def stop(self) -> None:
+        """No request is begun any more."""
+        self._stopped = True
+
+    async def _one_after_the_other(self) -> None:
+        while not self._stopped:
+            work = self._works[self._next % len(self._works)]
+            self._next += 1
+            record = StreamRecord(work, time.monotonic())
+            self.records.append(record)
+            await run_one(self._connect, work, record, self._metadata)
+            if record.error:
+                await asyncio.sleep(0.2)  # a server that refuses at once is not to be asked in a tight loop
