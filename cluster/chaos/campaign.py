@@ -102,15 +102,14 @@ async def _faults(
         except ValueError as error:
             raise ChaosError(str(error)) from None
         at_s = time.monotonic()
-        pids, error = await _inject(campaign, fault)
+        pids, trouble = await _inject(campaign, fault)
         healed_s = await _healed(campaign, before, fault, at_s, pids)
-        hits.append(Hit(fault, at_s, healed_s, error))
-        after = f"whole again after {healed_s - at_s:.1f} s" if healed_s is not None else error or "not whole again"
-        tell(f"{number} of {campaign.num_faults}: {fault.kind} {', '.join(fault.targets)}: {after}")
-        if healed_s is None and not error:
-            raise ChaosError(
-                f"the cluster is not whole {campaign.heal_timeout_s:g} s after {fault.kind} {fault.targets}"
-            )
+        hits.append(Hit(fault, at_s, healed_s, trouble))
+        what = f"{fault.kind} {', '.join(fault.targets)}"
+        if healed_s is None:
+            limit = f"{campaign.heal_timeout_s:g} s"
+            raise ChaosError(f"the cluster is not whole {limit} after {what}" + f"; {trouble}" * bool(trouble))
+        tell(f"{number} of {campaign.num_faults}: {what}: whole again after {healed_s - at_s:.1f} s {trouble}")
         await asyncio.sleep(rng.uniform(*campaign.gap_s))
 
 

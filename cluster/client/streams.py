@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
@@ -54,7 +54,7 @@ async def follow(
     metadata: Metadata = (),
     timeout_s: float | None = None,
     patience_s: float = 60.0,
-) -> AsyncIterator[pb.GenerateChunk]:
+) -> AsyncGenerator[pb.GenerateChunk, None]:
     """The request's chunks, each token once. Raises grpc.RpcError, or BrokenStream.
 
     `timeout_s` is the deadline of each try, `patience_s` how long nothing may come before it gives up.

@@ -27,18 +27,19 @@ class Claims:
         """
         changed = asyncio.Event()
         found: dict[str, Records] = {}
+        until_s = asyncio.get_running_loop().time() + patience_s
         self._links.on_change(changed.set)
         try:
-            async with asyncio.timeout(patience_s):
-                while True:
-                    changed.clear()
-                    asked = [link for link in self._links.all_ready if link.address.key not in found]
-                    answers = await asyncio.gather(*(self._ask(link.claim(client, request_id)) for link in asked))
-                    found |= {link.address.key: answer for link, answer in zip(asked, answers, strict=True)}
-                    if records := complete((record for known in found.values() for record in known), done):
-                        return records
-                    if found and not any(not link.ready for link in self._links.links.values()):
-                        return ()
+            while True:
+                changed.clear()
+                asked = [link for link in self._links.all_ready if link.address.key not in found]
+                answers = await asyncio.gather(*(self._ask(link.claim(client, request_id)) for link in asked))
+                found |= {link.address.key: answer for link, answer in zip(asked, answers, strict=True)}
+                if records := complete((record for known in found.values() for record in known), done):
+                    return records
+                if found and all(link.ready for link in self._links.links.values()):
+                    return ()
+                async with asyncio.timeout_at(until_s):
                     await changed.wait()
         except TimeoutError:
             return ()

@@ -120,9 +120,9 @@ class Desk:
             known = await self._find((call.client, call.request_id), (), must_exist=False, door=call.door)
             if known is not None:
                 _check_same(known, digest)
-                async with aclosing(self._go_on(known, (), call)) as chunks:
-                    async for chunk in chunks:
-                        yield chunk
+                async with aclosing(self._go_on(known, (), call)) as rest:
+                    async for each in rest:
+                        yield each
                 return
         request = self._new(call)
         self._measure(request, call)
@@ -169,10 +169,10 @@ class Desk:
             await request.begun.wait()
             return request if request.choices else None
         recent = self._recent.take(key)
-        if recent is not None and _fits(recent, positions):
+        if recent is not None and recent.finished and _fits(recent, positions):
             return recent
         # It may have gone on elsewhere in between.
-        patience_s = _PATIENCE_S if must_exist else _PATIENCE_WITH_REQUEST_S
+        patience_s = 0.0 if recent is not None else _PATIENCE_S if must_exist else _PATIENCE_WITH_REQUEST_S
         claimed = await self._comeback.claim(*key, held, patience_s=patience_s, door=door)
         # A faster call for the same may have found it, too.
         return self._open.get(key) or claimed or recent
