@@ -1,0 +1,84 @@
+"""A Ray cluster on hosts, started as an operator would by hand, and `shoal` on it."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.hosts.host import Host, HostProcess
+from tests.integration.served import eventually
+
+__all__ = ["PORT", "RAY_ENV", "give_token", "join", "ray_cluster", "serving_on", "shoal", "start_head"]
+
+PORT = 6379
+RAY_ENV = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+_STORE = "--object-store-memory=80000000"
+_SHOAL = (sys.executable, "-c", "from cluster.cli import main; main()")
+_START_TIMEOUT_S = 120.0
+
+
+def give_token(*hosts: Host, token: str | None = None) -> str:
+    """The same one for all."""
+    token = token or secrets.token_hex(32)
+    for host in hosts:
+        host.write(".ray/auth_token", token)
+    return token
+
+
+def start_head(host: Host, *, num_cpus: int) -> None:
+    address = f"--node-ip-address={host.address}"
+    options = ("--include-dashboard=false", f"--num-cpus={num_cpus}", _STORE, address)
+    host.run("ray", "start", "--head", f"--port={PORT}", *options, env=RAY_ENV, timeout_s=_START_TIMEOUT_S)
+
+
+def join(host: Host, head: Host, *, num_cpus: int, env: Mapping[str, str] = RAY_ENV) -> None:
+    options = (f"--num-cpus={num_cpus}", _STORE, f"--node-ip-address={host.address}")
+    host.run("ray", "start", f"--address={head.address}:{PORT}", *options, env=env, timeout_s=_START_TIMEOUT_S)
+
+
+@contextmanager
+def ray_cluster(*hosts: Host, num_cpus: int = 2) -> Iterator[None]:
+    """Of all `hosts`, the first one its head; stopped at the end."""
+    give_token(*hosts)
+    start_head(hosts[0], num_cpus=num_cpus)
+    try:
+        for host in hosts[1:]:
+            join(host, hosts[0], num_cpus=num_cpus)
+        yield
+    finally:
+        for host in reversed(hosts):
+            if host.alive:
+                host.thaw()
+                host.run("ray", "stop", "--force", check=False)
+
+
+def shoal(host: Host, *arguments: str, timeout_s: float = 120.0) -> tuple[int, str, str]:
+    """A command to its end: code, output, errors."""
+    done = host.run(*_SHOAL, *arguments, env=RAY_ENV, timeout_s=timeout_s, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@contextmanager
+def serving_on(host: Host, model: Path, config: str, *options: str) -> Iterator[HostProcess]:
+    """`shoal serve` on the Ray cluster that `host` belongs to; ready when this begins, gone when it ends."""
+    host.outside("/tmp/shoal.yaml").write_text(config)
+    where = ("--address", "auto", "--model-path", str(model), "--config", "/tmp/shoal.yaml")
+    command = (*_SHOAL, "serve", *where, *options)
+    process = host.start(*command, env=RAY_ENV)
+    try:
+        eventually(
+            lambda: "\nready after" in process.output or process.poll() is not None,
+            "ready",
+            timeout_s=_START_TIMEOUT_S,
+        )
+        assert process.poll() is None, process.output
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send(signal.SIGTERM)
+            process.wait(60)
+        process.kill()
