@@ -29,9 +29,11 @@ fi
 
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 torch=$(grep '^torch==' constraints.txt)
-echo "[1/3] $torch (set PIP_EXTRA_INDEX_URL to choose a CPU-only or another CUDA build)"
+echo "[1/4] $torch (set PIP_EXTRA_INDEX_URL to choose a CPU-only or another CUDA build)"
 pip install -c constraints.txt "$torch"
-echo "[2/3] shoal and what it needs"
+echo "[2/4] shoal and what it needs"
 pip install -c constraints.txt -e '.[dev,load]'
-echo "[3/3] DeepSpeed's shared-memory collective (compiled once)"
+echo "[3/4] kernels of its own (compiled for this processor)"
+.venv/bin/python -m workers.kernels.build || echo "not built: torch's operations serve (shoal status says so)" >&2
+echo "[4/4] DeepSpeed's shared-memory collective (compiled once)"
 .venv/bin/python -m workers.parallel.build || echo "not built: ranks will use gloo (shoal status says so)" >&2

@@ -41,16 +41,17 @@ def _zeros(slots: int, row: int, *, dtype: torch.dtype, device: torch.device) ->
 class LayerCache:
     """One layer's part."""
 
-    __slots__ = ("_blocks", "_row", "_slots")
+    __slots__ = ("_blocks", "_row", "block_size", "slots")
 
     def __init__(self, slots: torch.Tensor, block_size: int) -> None:
-        self._slots = slots
+        self.slots = slots
+        self.block_size = block_size
         self._row = slots.shape[1]
         self._blocks = slots.view(-1, block_size * self._row)
 
     def write(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """Stores `rows` [T, row] at `slots` [T]."""
-        self._slots.index_copy_(0, slots, rows)
+        self.slots.index_copy_(0, slots, rows)
 
     def read(self, block_ids: torch.Tensor) -> torch.Tensor:
         """The rows of the blocks [len(block_ids) * block_size, row], copied together."""

@@ -75,7 +75,9 @@ class Runner:
 
         Every rank of the tensor axis must run the same steps in the same order.
         """
-        step = build_tensors(inputs, self._cache.block_size, dtype=self._dtype, device=self._device)
+        step = build_tensors(
+            inputs, self._cache.block_size, dtype=self._dtype, device=self._device, ragged=self._decoder.ragged
+        )
         return self._decoder.forward(step, self._cache)
 
     @torch.inference_mode()

@@ -26,13 +26,15 @@ _SPARE_SLOTS = 256
 class DecodeGroup:
     """Sequences with one token each in rows `start` to `stop`, padded to the longest context.
 
-    `block_ids` [sequences * blocks of the longest] reads their contexts, of which the first `context` slots of each
-    count. `mask` [sequences, 1, 1, context] hides the padding; None where there is none.
+    `block_ids` [sequences * blocks of the longest] reads their contexts, of which the first `lengths` [sequences]
+    slots of each count; `context` is the largest. `mask` [sequences, 1, 1, context] hides the padding; None where
+    there is none, or the step is ragged.
     """
 
     start: int
     stop: int
     block_ids: torch.Tensor
+    lengths: torch.Tensor
     context: int
     mask: torch.Tensor | None
 
@@ -67,15 +69,22 @@ class StepTensors:
     logit_rows: torch.Tensor | None
 
 
-def build_tensors(inputs: StepInputs, block_size: int, *, dtype: torch.dtype, device: torch.device) -> StepTensors:
-    """The index tensors of a step; `dtype` is that of the masks."""
-    return _Builder(inputs, block_size, dtype, device).build()
+def build_tensors(
+    inputs: StepInputs, block_size: int, *, dtype: torch.dtype, device: torch.device, ragged: bool = False
+) -> StepTensors:
+    """The index tensors of a step; `dtype` is that of the masks.
+
+    With `ragged` all decoding sequences form one group, and no mask hides what is behind the shorter ones.
+    """
+    return _Builder(inputs, block_size, dtype, device, ragged).build()
 
 
 class _Builder:
     """The step's sequences in the model's order."""
 
-    def __init__(self, inputs: StepInputs, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, inputs: StepInputs, block_size: int, dtype: torch.dtype, device: torch.device, ragged: bool
+    ) -> None:
         context = inputs.num_computed + inputs.num_tokens
         single = inputs.num_tokens == 1
         order = np.lexsort((np.where(single, context, 0), ~single))
@@ -83,6 +92,7 @@ class _Builder:
         self._block_size = block_size
         self._dtype = dtype
         self._device = device
+        self._ragged = ragged
         self._order = order
         self._num_single = int(single.sum())
         self._context = context[order]
@@ -104,7 +114,7 @@ class _Builder:
             self._tensor(token_ids),
             self._tensor(positions),
             self._tensor(slots),
-            tuple(self._group(start, stop) for start, stop in _groups(self._context[: self._num_single])),
+            tuple(self._group(start, stop) for start, stop in self._groups()),
             tuple(self._chunk(index, positions) for index in range(self._num_single, len(self._order))),
             None if np.array_equal(logit_rows, rows) else self._tensor(logit_rows),
         )
@@ -117,13 +127,21 @@ class _Builder:
         rows: Ints = np.arange(int(counts.sum())) + np.repeat(stops - counts.cumsum(), counts)
         return rows
 
+    def _groups(self) -> Iterator[tuple[int, int]]:
+        count = self._num_single
+        if not self._ragged:
+            yield from _groups(self._context[:count])
+        elif count:
+            yield 0, count
+
     def _group(self, start: int, stop: int) -> DecodeGroup:
         lengths = self._context[start:stop]
         context = int(lengths[-1])
         mask = None
-        if int(lengths[0]) != context:
+        if not self._ragged and int(lengths[0]) != context:
             mask = self._mask((np.arange(context) >= lengths[:, None])[:, None, None, :])
-        return DecodeGroup(start, stop, self._tensor(self._blocks(start, stop)), context, mask)
+        blocks = self._tensor(self._blocks(start, stop))
+        return DecodeGroup(start, stop, blocks, self._tensor(lengths), context, mask)
 
     def _chunk(self, index: int, positions: Ints) -> PrefillChunk:
         start, stop, context = int(self._starts[index]), int(self._stops[index]), int(self._context[index])

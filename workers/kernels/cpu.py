@@ -108,6 +108,11 @@ class PackedKernels(ReferenceKernels):
     description = "torch with oneDNN packed weights"
     packs_weights = True
 
+    def __init__(self, note: str = "") -> None:
+        """`note` is told beside the description."""
+        if note:
+            self.description = f"{self.description} ({note})"
+
     def describe(self, quantization: str) -> str:
         if quantization == "int8" and has_byte_instructions():
             return f"{self.description}; int8 weights multiplied as bytes"

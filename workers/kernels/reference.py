@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
+from workers.cache import LayerCache
 from workers.kernels.quantized import QuantizedLinear, Weight
 from workers.kernels.seam import GatedLinear, Linear, Norm
+from workers.step import DecodeGroup
 
 __all__ = ["ReferenceKernels"]
 
@@ -79,6 +81,22 @@ class ReferenceKernels:
     def rotate_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         rolled = torch.roll(x, x.shape[-1] // 2, -1)
         x.mul_(cos).addcmul_(rolled, sin)
+
+    def ragged(self, width: int) -> bool:
+        return False
+
+    def attend_cached(
+        self, q: torch.Tensor, cache: LayerCache, group: DecodeGroup, kv_heads: int, width: int
+    ) -> torch.Tensor:
+        # Every view costs a microsecond and a layer is run some thirty times a token: one strided view each.
+        kept = cache.read(group.block_ids)
+        sequences, row = len(q), kept.shape[1]
+        shape = (sequences, kv_heads, group.context, width)
+        strides = (len(kept) // sequences * row, width, row, 1)
+        queries = q.shape[1] // width // kv_heads
+        heads = q.as_strided((sequences, kv_heads, queries, width), (q.stride(0), queries * width, width, 1))
+        k, v = kept.as_strided(shape, strides, 0), kept.as_strided(shape, strides, kv_heads * width)
+        return self.attend_decode(heads, k, v, group.mask)
 
     def attend_decode(
         self,

@@ -12,7 +12,9 @@ from typing import Protocol
 
 import torch
 
+from workers.cache import LayerCache
 from workers.kernels.quantized import Weight
+from workers.step import DecodeGroup
 
 __all__ = ["GatedLinear", "Kernels", "Linear", "Norm"]
 
@@ -86,6 +88,21 @@ class Kernels(Protocol):
 
     def rotate_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Rotates x [T, heads, D] in place by a `RotaryTable`'s rows [T, 1, D]."""
+        ...
+
+    def ragged(self, width: int) -> bool:
+        """Whether `attend_cached`, for heads of that width, goes by each sequence's length: it wants neither groups
+        of one length nor masks.
+        """
+        ...
+
+    def attend_cached(
+        self, q: torch.Tensor, cache: LayerCache, group: DecodeGroup, kv_heads: int, width: int
+    ) -> torch.Tensor:
+        """A decode group's attention to its cached keys and values: q [B, H * D], rows apart, gives [B, H * D].
+
+        The cache's rows hold the keys of all `kv_heads`, each `width` elements, and then their values.
+        """
         ...
 
     def attend_decode(

@@ -6,6 +6,7 @@ import torch
 
 from workers.kernels.cpu import PackedKernels, can_pack
 from workers.kernels.deterministic import DeterministicKernels
+from workers.kernels.native import NativeKernels, find_native
 from workers.kernels.reference import ReferenceKernels
 from workers.kernels.seam import Kernels
 
@@ -17,5 +18,10 @@ def select_kernels(device: torch.device, dtype: torch.dtype, *, deterministic: b
 
     With `deterministic`, those whose result for a token does not depend on what else is in the step.
     """
-    fastest: Kernels = PackedKernels() if device.type == "cpu" and can_pack(dtype) else ReferenceKernels()
+    fastest: Kernels = ReferenceKernels()
+    if device.type == "cpu" and can_pack(dtype):
+        fastest = PackedKernels()
+        if dtype == torch.bfloat16 and not deterministic:
+            native = find_native()
+            fastest = PackedKernels("this package's own are not compiled") if native is None else NativeKernels(native)
     return DeterministicKernels(fastest) if deterministic else fastest

@@ -38,7 +38,6 @@ class GroupedQueryAttention:
     """
 
     __slots__ = (
-        "_group",
         "_kernels",
         "_key_end",
         "_kv_heads",
@@ -49,6 +48,7 @@ class GroupedQueryAttention:
         "_query_end",
         "_width",
         "cache_row",
+        "ragged",
     )
 
     def __init__(
@@ -68,12 +68,12 @@ class GroupedQueryAttention:
         self._qk_norm = qk_norm
         self._out = out
         self._kv_heads = num_kv_heads
-        self._group = num_heads // num_kv_heads
         self._width = head_dim
         self._query_end = num_heads * head_dim
         self._key_end = (num_heads + num_kv_heads) * head_dim
         self._kernels = kernels
         self.cache_row = 2 * num_kv_heads * head_dim
+        self.ragged = kernels.ragged(head_dim)
 
     def __call__(
         self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], step: StepTensors, cache: LayerCache
@@ -90,19 +90,8 @@ class GroupedQueryAttention:
         return self._out.plus(parts[0] if len(parts) == 1 else torch.cat(parts), x)
 
     def _decode(self, qkv: torch.Tensor, group: DecodeGroup, cache: LayerCache) -> torch.Tensor:
-        # Every view costs a microsecond and a layer is run some thirty times a token: one strided view each.
-        kept = cache.read(group.block_ids)
-        sequences, row = group.stop - group.start, self.cache_row
-        kv_heads, width = self._kv_heads, self._width
-        shape = (sequences, kv_heads, group.context, width)
-        strides = (len(kept) // sequences * row, width, row, 1)
-        q = qkv.as_strided(
-            (sequences, kv_heads, self._group, width),
-            (qkv.shape[1], self._group * width, width, 1),
-            group.start * qkv.shape[1],
-        )
-        k, v = kept.as_strided(shape, strides, 0), kept.as_strided(shape, strides, kv_heads * width)
-        return self._kernels.attend_decode(q, k, v, group.mask)
+        q = qkv[group.start : group.stop, : self._query_end]
+        return self._kernels.attend_cached(q, cache, group, self._kv_heads, self._width)
 
     def _prefill(self, qkv: torch.Tensor, chunk: PrefillChunk, cache: LayerCache) -> torch.Tensor:
         if chunk.block_ids is None:

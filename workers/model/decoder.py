@@ -26,6 +26,11 @@ class Attention(Protocol):
         """Elements that the cache keeps per token."""
         ...
 
+    @property
+    def ragged(self) -> bool:
+        """Whether it goes by each decoding sequence's length (`Kernels.ragged`)."""
+        ...
+
     def __call__(
         self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], step: StepTensors, cache: LayerCache
     ) -> torch.Tensor: ...
@@ -58,6 +63,11 @@ class Decoder:
     def cache_rows(self) -> list[int]:
         """Elements per token that each layer keeps."""
         return [layer.attention.cache_row for layer in self._layers]
+
+    @property
+    def ragged(self) -> bool:
+        """Whether decoding sequences of any lengths may form one group without a mask."""
+        return all(layer.attention.ragged for layer in self._layers)
 
     def record_routing(self, recorder: RoutingRecorder | None) -> None:
         """Tells `recorder` of every expert choice from the next step on; None stops that."""

@@ -85,6 +85,7 @@ class LatentAttention:
         "_w_uk",
         "_w_uv",
         "cache_row",
+        "ragged",
     )
 
     def __init__(
@@ -114,6 +115,7 @@ class LatentAttention:
         self._kernels = kernels
         self._expands = expands
         self.cache_row = mla.cache_row
+        self.ragged = False
 
     def __call__(
         self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], step: StepTensors, cache: LayerCache
