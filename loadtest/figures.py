@@ -1,7 +1,7 @@
 """Takes the figures again and writes them into RESULTS.md, each section with its command, machine and date.
 
 python -m loadtest.figures              every section, one after the other; leave the machine alone meanwhile
-python -m loadtest.figures startup      only these sections
+python -m loadtest.figures startup      only these sections; `scheduler` is all whose names begin so
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ SECTIONS = {
     "transformers": "loadtest.peers.transformers_generate",
     "serve-proxy": "loadtest.peers.serve_proxy",
     "latency": "loadtest.peers.latency",
+    "scheduler-simulated": "loadtest.peers.scheduler_simulated",
+    "scheduler-engine": "loadtest.peers.scheduler_engine",
+    "scheduler-trace": "loadtest.peers.scheduler_trace",
 }
+GROUPS = {"scheduler": ("scheduler-simulated", "scheduler-engine", "scheduler-trace")}
 
 
 def section(command: str, findings: Findings, *, date: str, machine: str, code: str) -> str:
@@ -59,8 +63,10 @@ def main(
 ) -> int:
     """The command; returns its exit status: 1 where a goal was missed, which the section then says."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(SECTIONS)}; default: all")
-    chosen = parser.parse_args(arguments).sections or list(SECTIONS)
+    known = ", ".join([*SECTIONS, *GROUPS])
+    parser.add_argument("sections", nargs="*", metavar="section", help=f"of {known}; default: all")
+    asked = parser.parse_args(arguments).sections or list(SECTIONS)
+    chosen = [section for name in asked for section in GROUPS.get(name, (name,))]
     if unknown := [name for name in chosen if name not in SECTIONS]:
         parser.error(f"no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
     missed = []

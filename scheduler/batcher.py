@@ -102,7 +102,9 @@ class Batcher:
                 self._refuse(victim, excess[1])
         if sequence.state is State.WAITING:
             refusal = self._gate.too_late(sequence, self._clock())
-            if refusal is not None:
+            if refusal is not None and refusal.retry_after_s is None:
+                self._end(sequence, FinishReason.DEADLINE, refusal.reason)
+            elif refusal is not None:
                 self._refuse(sequence, refusal)
 
     def cancel(self, key: str) -> bool:

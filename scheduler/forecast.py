@@ -13,6 +13,7 @@ __all__ = ["Backlog", "Estimate", "Forecast"]
 _LEAST_FINISHED = 8
 _RECENT_STEPS = 0.02
 _RECENT_ENDS = 0.1
+_RECENT_LONGEST = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +49,7 @@ class Forecast:
         self._prefill_per_step = 0.0
         self._num_finished = 0
         self._share = 0.0
+        self._longest = 0.0
 
     @property
     def ready(self) -> bool:
@@ -62,14 +64,19 @@ class Forecast:
         self._num_finished += 1
         weight = max(_RECENT_ENDS, 1.0 / self._num_finished)
         self._share += weight * (num_tokens / max_tokens - self._share)
+        self._longest = max(float(num_tokens), (1.0 - _RECENT_LONGEST) * self._longest)
 
     def remaining_tokens(self, sequence: Sequence) -> float:
-        """How many tokens a sequence will make yet: all it may, or the share of them that others used."""
+        """How many tokens a sequence will make yet: all it may, or the share of them that others used.
+
+        No more than the longest answer seen lately: that short answers used all they were allowed says nothing of a
+        request that is allowed much more.
+        """
         sampling = sequence.request.sampling
         expected: float = sequence.max_output_tokens
         if not sampling.ignore_eos:
             learnt = self._share if self._num_finished >= _LEAST_FINISHED else 0.0
-            expected = max(learnt * expected, sampling.min_tokens)
+            expected = max(min(learnt * expected, self._longest), sampling.min_tokens)
         return max(expected - sequence.num_output_tokens, 1.0)
 
     def estimate(self, backlog: Backlog, num_tokens: int, remaining_tokens: float) -> Estimate:

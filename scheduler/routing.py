@@ -101,7 +101,7 @@ def _step_tokens(group: GroupView) -> int:
 
 POLICIES: Mapping[str, Callable[[random.Random], RoutingPolicy]] = {
     "even-steps": lambda rng: EvenSteps(),
-    "least-loaded": lambda rng: LeastLoaded(),
+    "least-tokens": lambda rng: LeastLoaded(),
     "power-of-two": PowerOfTwoChoices,
     "prefix-affinity": lambda rng: PrefixAffinity(PowerOfTwoChoices(rng)),
     "prefix-affinity-even-steps": lambda rng: PrefixAffinity(EvenSteps()),

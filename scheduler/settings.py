@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from scheduler.policy import ORDERS
 from scheduler.tenants import FairnessSettings
 
-__all__ = ["BatcherLoad", "BatcherSettings"]
+__all__ = ["BatcherLoad", "BatcherSettings", "SchedulingSettings"]
 
-_COUNTS = (
-    "max_batch_size",
-    "max_batch_tokens",
-    "max_model_len",
-    "block_size",
-    "num_blocks",
-    "max_waiting",
-    "max_prompt_logits",
-    "prefix_wait_tokens",
-    "min_chunk_tokens",
-    "max_prefills",
-)
+_SIZES = ("max_batch_size", "max_batch_tokens", "max_model_len", "block_size", "num_blocks")
+_COUNTS = ("max_waiting", "max_prompt_logits", "prefix_wait_tokens", "min_chunk_tokens", "max_prefills")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BatcherSettings:
-    """The limits of one DP group. Raises ValueError naming the field for a value out of range.
+class SchedulingSettings:
+    """What an operator may choose of a batcher, whatever its model. Raises ValueError naming the field.
 
-    A step runs at most `max_batch_tokens` tokens of at most `max_batch_size` sequences, and makes at most
-    `max_prompt_logits` rows of logits for prompt logprobs (a row is as wide as the vocabulary).
-    `max_model_len` bounds prompt and output together. With `prefix_cache`, sequences of a tenant share the blocks of
-    common prefixes, and a prefill waits for one in progress that will spare it at least `prefix_wait_tokens`. With
-    `share_prefixes` those of all tenants share, and the time to a first token tells one what another has asked.
+    With `prefix_cache`, sequences of a tenant share the blocks of common prefixes, and a prefill waits for one in
+    progress that will spare it at least `prefix_wait_tokens`. With `share_prefixes` those of all tenants share, and the
+    time to a first token tells one what another has asked.
 
     With `target_step_s`, a step holds at most the tokens of prefill that keep it that short, though never fewer than
-    `min_chunk_tokens`. Up to `max_prefills` prompts are under way where one step does not hold them all.
+    `min_chunk_tokens`. Up to `max_prefills` prompts are under way where one step does not hold them all. A step makes
+    at most `max_prompt_logits` rows of logits for prompt logprobs (a row is as wide as the vocabulary).
 
     `order` is one of scheduler.policy.ORDERS. The queue holds at most `max_waiting` requests and `max_waiting_tokens`
     tokens (0: any number), each for at most `max_queue_s` (0: as long as it takes). With `refuse_late`, a request that
@@ -42,20 +31,15 @@ class BatcherSettings:
     class gives way to one that finds no room. With `fairness`, tenants of one class share the group by their weights.
     """
 
-    max_batch_size: int
-    max_batch_tokens: int
-    max_model_len: int
-    block_size: int
-    num_blocks: int
-    max_waiting: int
-    max_prompt_logits: int = 512
     prefix_cache: bool = True
-    prefix_wait_tokens: int = 64
     share_prefixes: bool = False
+    prefix_wait_tokens: int = 64
     target_step_s: float = 0.0
     min_chunk_tokens: int = 32
     max_prefills: int = 8
+    max_prompt_logits: int = 512
     order: str = "arrival"
+    max_waiting: int = 1024
     max_waiting_tokens: int = 0
     max_queue_s: float = 0.0
     refuse_late: bool = False
@@ -63,14 +47,37 @@ class BatcherSettings:
     fairness: FairnessSettings | None = None
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        _check_counts(self, _COUNTS)
         for name in ("target_step_s", "max_waiting_tokens", "max_queue_s"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be 0 (off) or above, not {getattr(self, name)}")
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {self.order!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatcherSettings(SchedulingSettings):
+    """The limits of one DP group. Raises ValueError naming the field for a value out of range.
+
+    A step runs at most `max_batch_tokens` tokens of at most `max_batch_size` sequences; `max_model_len` bounds prompt
+    and output together.
+    """
+
+    max_batch_size: int
+    max_batch_tokens: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+
+    def __post_init__(self) -> None:
+        SchedulingSettings.__post_init__(self)
+        _check_counts(self, _SIZES)
+
+    @classmethod
+    def of(cls, scheduling: SchedulingSettings, **sizes: int) -> BatcherSettings:
+        """An operator's choices for a group of these sizes."""
+        chosen = {field.name: getattr(scheduling, field.name) for field in fields(SchedulingSettings)}
+        return cls(**chosen, **sizes)
 
     @property
     def max_running(self) -> int:
@@ -93,6 +100,8 @@ class BatcherLoad:
     """How busy a DP group is. `num_waiting_tokens` are those to prefill before the queue is empty.
 
     Of the `prefix_query_tokens` tokens of all sequences admitted so far, `prefix_hit_tokens` came from the cache.
+    `ep_imbalance` is what the fullest DP group brought to the last steps of the expert exchange, over the mean of all
+    groups: 1 is even, 0 where there is no exchange.
     """
 
     num_running: int
@@ -104,3 +113,10 @@ class BatcherLoad:
     step_s: float = 0.0
     prefix_hit_tokens: int = 0
     prefix_query_tokens: int = 0
+    ep_imbalance: float = 0.0
+
+
+def _check_counts(settings: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(settings, name)}")

@@ -147,6 +147,7 @@ class FakeGroup(session_pb2_grpc.DPGroupServicer):
         self.step_s = 0.0
         self.num_blocks = 1000
         self.refuse: str | None = None
+        self.retry_after_s: float | None = None  # said with a refusal
         self.fail_at: int | None = None
         self.hold_at: int | None = None
         self.num_cached_tokens = 0
@@ -266,7 +267,10 @@ class FakeGroup(session_pb2_grpc.DPGroupServicer):
     def _submit(self, stream: _Stream, submit: session_pb2.Submit) -> None:
         self.submits.append(submit)
         if self.refuse is not None:
-            stream.fresh.append(self._end(submit, session_pb2.FINISH_REFUSED, self.refuse))
+            refusal = self._end(submit, session_pb2.FINISH_REFUSED, self.refuse)
+            if self.retry_after_s is not None:
+                refusal.retry_after_s = self.retry_after_s
+            stream.fresh.append(refusal)
         else:
             record = self.records.begin(submit, (stream.number, submit.sequence_id))
             stream.sequences[submit.sequence_id] = _Sequence(submit, list(submit.output_token_ids), record)

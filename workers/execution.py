@@ -58,6 +58,10 @@ class FirstRank:
     def pending(self) -> bool:
         return self._pulse is not None and self._pulse.pending
 
+    @property
+    def imbalance(self) -> float:
+        return 0.0 if self._pulse is None else self._pulse.imbalance
+
     def keep_step(self) -> None:
         """One beat with the other groups, and the step that may follow from it."""
         has_step = self._beat(0)

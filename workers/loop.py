@@ -4,6 +4,13 @@
     result = run(plan)
     events = batcher.commit(plan, result)
 
+With `overlap` a step runs in a thread of its own, and what follows it is planned meanwhile:
+
+    ahead = batcher.schedule_ahead()           while `plan` runs
+    events = batcher.commit(plan, result)      then `ahead` begins, and its forerunner's tokens go out while it runs
+
+The plain loop is the reference: both give every sequence the same tokens.
+
 Others talk to it by its inbox (`submit`, `cancel`) and hear from it through outlets, one batch per step. It sleeps
 while there is no work. Once `run` fails, or `fail` says that it never will return, everything open ends as FAILED
 and the loop is broken for good: a new generation has a new loop.
@@ -15,13 +22,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Protocol
 
 from scheduler.batcher import Batcher, BatcherLoad
 from scheduler.plan import Event, FinishReason, StepPlan, StepResult
 from scheduler.request import Request, SamplingParams
+from workers.beside import Beside
 from workers.spans import SequenceSpans, record_step
 
 __all__ = ["STOPPED", "Broken", "Company", "Outlet", "StepBatch", "StepLoop"]
@@ -63,6 +71,11 @@ class Company(Protocol):
         """Whether they wait for this group."""
         ...
 
+    @property
+    def imbalance(self) -> float:
+        """What the fullest group brought to the last steps, over the mean; 0 where steps are taken alone."""
+        ...
+
     def keep_step(self) -> None:
         """Joins them without work of one's own. Raises whatever keeps the step from ending."""
         ...
@@ -81,7 +94,10 @@ def _failed(key: str, num_output_tokens: int, error: str = _FAILED) -> Event:
 
 
 class StepLoop:
-    """`run` executes a plan on all ranks of the group; its second argument is a traceparent to record under."""
+    """`run` executes a plan on all ranks of the group; its second argument is a traceparent to record under.
+
+    `on_step` hears of each plan that ran, and how many seconds the loop's whole turn took.
+    """
 
     def __init__(
         self,
@@ -92,6 +108,8 @@ class StepLoop:
         clock: Callable[[], float],
         company: Company | None = None,
         on_broken: Callable[[], None] = lambda: None,
+        overlap: bool = False,
+        on_step: Callable[[StepPlan, float], None] | None = None,
     ) -> None:
         self._batcher = batcher
         self._run = run
@@ -99,6 +117,9 @@ class StepLoop:
         self.clock = clock
         self._company = company
         self._on_broken = on_broken
+        self._on_step = on_step
+        self._beside = Beside(self._timed) if overlap else None
+        self._flying: tuple[StepPlan, str] | None = None  # a plan that runs beside already, and its traceparent
         self._outlets: list[Outlet] = []
         self._inbox: list[Callable[[], None]] = []
         self._inbox_changed = threading.Condition()
@@ -205,7 +226,9 @@ class StepLoop:
 
     @property
     def _has_step(self) -> bool:
-        return self._batcher.has_work or (self._company is not None and self._company.pending)
+        if self._flying is not None or self._batcher.has_work:
+            return True
+        return self._company is not None and self._company.pending
 
     def _tell(self, action: Callable[[], None]) -> None:
         with self._inbox_changed:
@@ -229,6 +252,8 @@ class StepLoop:
             except Exception as error:
                 log.exception("step %d failed", self._step)
                 self.fail(f"{type(error).__name__}: {error}")
+        if self._beside is not None:
+            self._beside.close()
 
     def _turn_away(self) -> None:
         """Answers what came in while the loop broke, and wakes its thread."""
@@ -241,19 +266,68 @@ class StepLoop:
 
     def _once(self, inbox: list[Callable[[], None]]) -> None:
         """At most one step."""
-        with self._state:
-            for action in inbox:
-                action()
-            plan = None if self._broken else self._batcher.schedule()
-            if events := self._batcher.take_events():
-                self._deliver(events)
-            traceparent = self._traceparent(plan) if plan is not None and self._num_traced else ""
+        began_s = self.clock()
+        plan, traceparent = self._next(inbox)
         if plan is None:
             if self._company is not None and self._company.pending and self._broken is None:
                 self._company.keep_step()
             return
+        ahead: tuple[StepPlan, str] | None = None
+        if self._beside is None:
+            result, step_s = self._timed(plan, traceparent)
+        else:
+            if self._flying is None:
+                self._beside.begin(plan, traceparent)
+            ahead = self._plan_ahead()
+            result, step_s = self._beside.end()
+        self._take_in(plan, result, step_s, ahead)
+        if self._on_step is not None:
+            self._on_step(plan, self.clock() - began_s)
+
+    def _next(self, inbox: list[Callable[[], None]]) -> tuple[StepPlan | None, str]:
+        """What the inbox asks is done; then the plan that runs already, or the next one, and its traceparent."""
+        with self._state:
+            for action in inbox:
+                action()
+            if self._flying is not None:
+                return self._flying
+            plan = None if self._broken else self._batcher.schedule()
+            if events := self._batcher.take_events():
+                self._deliver(events)
+            return plan, self._traceparent(plan) if plan is not None and self._num_traced else ""
+
+    def _plan_ahead(self) -> tuple[StepPlan, str] | None:
+        """What will follow the step that runs, where that can be told already."""
+        with self._state:
+            plan = None if self._broken else self._batcher.schedule_ahead()
+            if events := self._batcher.take_events():
+                self._deliver(events)
+            if plan is None:
+                return None
+            return plan, self._traceparent(plan) if self._num_traced else ""
+
+    def _take_in(self, plan: StepPlan, result: StepResult, step_s: float, ahead: tuple[StepPlan, str] | None) -> None:
+        """What a step made goes into the histories, then `ahead` may begin, then everybody hears of it."""
+        with self._state:
+            self._flying = ahead
+            if self._broken is not None:
+                return
+            self._step = plan.step
+            events = self._batcher.commit(plan, result, step_s=step_s)
+            if ahead is not None:
+                assert self._beside is not None
+                self._beside.begin(*ahead)
+            self._deliver([*events, *self._batcher.take_events()], step=True)
+            if self._probes and any(made.token_id is not None for made in result.sequences):
+                for probe in self._probes:
+                    probe.set()
+
+    def _timed(self, plan: StepPlan, traceparent: str) -> tuple[StepResult, float]:
+        """Runs a plan; its result, and the seconds it took."""
         start_ns = time.time_ns() if traceparent else 0
+        began_s = self.clock()
         result = self._run(plan, traceparent)
+        step_s = self.clock() - began_s
         if traceparent:
             record_step(
                 traceparent,
@@ -263,15 +337,7 @@ class StepLoop:
                 num_sequences=len(plan.sequences),
                 start_ns=start_ns,
             )
-        with self._state:
-            if self._broken is not None:
-                return
-            self._step = plan.step
-            events = self._batcher.commit(plan, result)
-            self._deliver([*events, *self._batcher.take_events()], step=True)
-            if self._probes and any(made.token_id is not None for made in result.sequences):
-                for probe in self._probes:
-                    probe.set()
+        return result, step_s
 
     def _submit(self, request: Request, outlet: Outlet | None) -> None:
         num_output_tokens = len(request.output_token_ids)
@@ -290,7 +356,9 @@ class StepLoop:
 
     def _deliver(self, events: list[Event], *, step: bool = False) -> None:
         if self._broken is None:
-            self._load = self._batcher.load()
+            load = self._batcher.load()
+            imbalance = 0.0 if self._company is None else self._company.imbalance
+            self._load = replace(load, ep_imbalance=imbalance) if imbalance else load
         batches: dict[int, tuple[Outlet, list[Event]]] = {}
         if step:
             batches = {id(outlet): (outlet, []) for outlet in self._outlets}

@@ -10,6 +10,7 @@ everything else is a failure that a new attempt may cure.
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
 import os
 import sys
@@ -36,6 +37,7 @@ from workers.routing_log import RoutingLog
 from workers.runner import Runner
 from workers.session import SessionServer
 from workers.settings import EngineSettings
+from workers.step_log import StepLog
 from workers.threads import in_passing_thread
 from workers.watch import PeerWatch
 
@@ -89,6 +91,7 @@ class Rank:
         self._watch: PeerWatch | None = None
         self._pulse: Pulse | None = None
         self._routing_log: RoutingLog | None = None
+        self._step_log: StepLog | None = None
 
     def open(self, host: str) -> RankAddress:
         """Prepares the process, which others reach at the address `host`."""
@@ -280,6 +283,8 @@ class Rank:
                 self._execution.dismiss()
         if self._routing_log is not None:
             self.record_routing(None)
+        if self._step_log is not None:
+            self._step_log.close()
         if self._session is not None:
             self._session.stop()
         if self._follower is not None:
@@ -297,13 +302,13 @@ class Rank:
 
     def _lead(self, membership: Membership, runner: Runner) -> str:
         settings = self.settings
-        batcher_settings = BatcherSettings(
+        batcher_settings = BatcherSettings.of(
+            settings.scheduling,
             max_batch_size=settings.max_batch_size,
             max_batch_tokens=settings.max_batch_tokens,
             max_model_len=settings.max_model_len,
             block_size=settings.block_size,
             num_blocks=runner.num_blocks,
-            max_waiting=settings.max_waiting,
         )
         info = session_pb2.GroupInfo(
             engine=settings.engine,
@@ -319,7 +324,16 @@ class Rank:
             self.record_routing(settings.record_routing)
         pulse = self._join_pulse(membership)
         self._execution = FirstRank(runner, membership.sender, pulse, runner.experts)
-        batcher = Batcher(batcher_settings, clock=time.monotonic, generation=self._generation)
+        if settings.record_steps is not None:
+            name = f"{settings.engine}-group-{self.place.dp_group}"
+            self._step_log = StepLog(Path(settings.record_steps), name)
+        batcher = Batcher(
+            batcher_settings,
+            clock=time.monotonic,
+            generation=self._generation,
+            # Nobody without the secret can tell which prompt a block's hash stands for.
+            prefix_key=hashlib.blake2b(self._secret, digest_size=32, person=b"prefix").digest(),
+        )
         self._loop = StepLoop(
             batcher,
             self._execution.run,
@@ -327,6 +341,8 @@ class Rank:
             clock=time.monotonic,
             company=self._execution,
             on_broken=self._leave_groups,
+            overlap=settings.overlap,
+            on_step=None if self._step_log is None else self._step_log.record,
         )
         if pulse is not None:
             pulse.start()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from scheduler.settings import SchedulingSettings
 from workers.parallel.plan import ParallelPlan
 
 __all__ = ["EngineSettings", "ExpertBalance"]
@@ -23,7 +24,8 @@ class EngineSettings:
     """The same for every rank of an engine.
 
     `cache_bytes` is the KV cache's size per rank, or None to measure: then `memory_fraction` of the memory that is
-    free after loading is taken. `memory_limit_bytes` bounds weights and cache of one rank together.
+    free after loading is taken. `memory_limit_bytes` bounds weights and cache of one rank together. With `overlap`, the
+    next step is planned while one runs.
     """
 
     engine: str
@@ -37,7 +39,6 @@ class EngineSettings:
     max_model_len: int
     max_batch_size: int = 64
     max_batch_tokens: int = 2048
-    max_waiting: int = 1024
     block_size: int = 16
     cache_bytes: int | None = None
     memory_fraction: float = 0.5
@@ -49,3 +50,6 @@ class EngineSettings:
     collectives: str = "auto"  # "auto", "shm", "gloo" or "nccl"
     expert_balance: ExpertBalance | None = None  # None: experts stay where they began
     record_routing: str | None = None  # a folder for every expert choice, to try placements on
+    scheduling: SchedulingSettings = field(default_factory=SchedulingSettings)
+    overlap: bool = False
+    record_steps: str | None = None  # a folder for the size and time of every step, to fit the simulator to

@@ -74,6 +74,8 @@ def output_from_event(event: Event, sequence_id: int) -> session_pb2.SequenceOut
         output.error = event.error
         if event.stop_token_id is not None:
             output.stop_token_id = event.stop_token_id
+        if event.retry_after_s is not None:
+            output.retry_after_s = event.retry_after_s
     if event.queue_s is not None and event.prefill_s is not None:
         output.queue_s = event.queue_s
         output.prefill_s = event.prefill_s
@@ -102,4 +104,5 @@ def load_to_proto(load: BatcherLoad) -> session_pb2.Load:
         step_s=load.step_s,
         prefix_hit_tokens=load.prefix_hit_tokens,
         prefix_query_tokens=load.prefix_query_tokens,
+        ep_imbalance=load.ep_imbalance,
     )

@@ -14,7 +14,6 @@ from cluster import logs, telemetry
 from cluster.app.faults import inject
 from cluster.app.spec import ClusterSpec
 from cluster.app.status import status_response
-from cluster.front_door.limits import Limits
 from cluster.front_door.server import FrontDoorServer, FrontDoorSettings
 from cluster.roster import FrontDoorReport
 from cluster.roster_actor import find_roster
@@ -51,7 +50,9 @@ class FrontDoor:
                 administrators=spec.administrators,
                 chaos=spec.chaos,
                 cors_origins=spec.cors_origins,
-                limits=Limits(resume_window_s=spec.settings.resume_window_s),
+                limits=spec.limits,
+                routing=spec.routing,
+                share_prefixes=spec.settings.scheduling.share_prefixes,
             ),
             spec.settings.model_path,
             spec.card,

@@ -11,6 +11,7 @@ from cluster.config import Config, ConfigError
 from cluster.config.environment import cache_folder
 from cluster.config.machine import Machine
 from cluster.config.resolve import engine_settings
+from cluster.config.scheduling import front_door_limits, resolve_routing
 from cluster.front_door.call import SamplingOptions
 from cluster.front_door.model_card import ModelCard
 from cluster.models import catalog
@@ -62,6 +63,8 @@ def prepare(config: Config, machine: Machine, progress: Progress) -> ClusterSpec
         host=cluster.host,
         grpc_port=grpc_port,
         http_port=http_port,
+        limits=front_door_limits(config),
+        routing=resolve_routing(config, settings.plan, spreads_experts=model.config.moe is not None),
         engines=cluster.engines,
         front_doors=cluster.front_doors,
         drain_timeout_s=cluster.drain_timeout_s,

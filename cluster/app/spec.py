@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.front_door.limits import Limits
 from cluster.front_door.model_card import ModelCard
 from workers.settings import EngineSettings
 
@@ -23,6 +24,8 @@ class ClusterSpec:
     host: str
     grpc_port: int
     http_port: int
+    limits: Limits
+    routing: str
     engines: int
     front_doors: int
     drain_timeout_s: float

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cluster.config.load import ConfigError
 from cluster.config.machine import Machine
+from cluster.config.scheduling import resolve_overlap, scheduling_settings
 from cluster.config.schema import Config, ParallelSection
 from cluster.config.sizes import parse_share_or_size, parse_size, show_size
 from cluster.models.folder import ModelFacts
@@ -62,7 +63,6 @@ def _engine_settings(config: Config, model: ModelFacts, machine: Machine, name: 
         max_model_len=max_model_len,
         max_batch_size=inference.max_batch_size,
         max_batch_tokens=inference.max_batch_tokens,
-        max_waiting=inference.max_waiting,
         block_size=inference.block_size,
         cache_bytes=None if auto_cache else parse_size(resources.cache_size, "resources.cache_size"),
         memory_fraction=_CACHE_SHARE / config.cluster.engines if device == "cpu" else _GPU_CACHE_SHARE,
@@ -74,6 +74,9 @@ def _engine_settings(config: Config, model: ModelFacts, machine: Machine, name: 
         collectives=inference.collectives,
         expert_balance=None if balance is None else ExpertBalance(**asdict(balance)),
         record_routing=inference.record_routing,
+        scheduling=scheduling_settings(config),
+        overlap=resolve_overlap(config, device),
+        record_steps=config.scheduling.record_steps,
     )
 
 

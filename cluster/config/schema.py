@@ -15,12 +15,15 @@ __all__ = [
     "ClusterSection",
     "Config",
     "ExpertBalanceSection",
+    "FairnessSection",
     "InferenceSection",
     "ModelSection",
     "ParallelSection",
     "ResourcesSection",
+    "SchedulingSection",
     "SecuritySection",
     "TelemetrySection",
+    "TenantSection",
 ]
 
 _FORBID_EXTRA = {"extra": "forbid", "allow_inf_nan": False}
@@ -28,7 +31,12 @@ _FORBID_EXTRA = {"extra": "forbid", "allow_inf_nan": False}
 Auto = Literal["auto"]
 AtLeastOne = Annotated[int, Ge(1)]
 Port = Annotated[int, Ge(0), Le(65535)]
+AtLeastZero = Annotated[int, Ge(0)]
 Seconds = Annotated[float, Gt(0)]
+SecondsOrOff = Annotated[float, Ge(0)]
+Routing = Literal[
+    "even-steps", "least-tokens", "power-of-two", "prefix-affinity", "prefix-affinity-even-steps", "round-robin"
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +81,6 @@ class InferenceSection:
     max_batch_size: AtLeastOne = 64
     max_batch_tokens: AtLeastOne = 2048
     max_model_len: Auto | AtLeastOne = "auto"
-    max_waiting: AtLeastOne = 1024
     block_size: AtLeastOne = 16
     temperature: Annotated[float, Ge(0), Le(100)] | None = None
     top_p: Annotated[float, Gt(0), Le(1)] | None = None
@@ -84,6 +91,59 @@ class InferenceSection:
     load_timeout_s: Seconds = 1800.0
     expert_balance: ExpertBalanceSection | None = None
     record_routing: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TenantSection:
+    """A tenant's share of each DP group, and its bounds there; 0 is no bound."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
+    weight: Annotated[float, Gt(0)] = 1.0
+    max_requests: AtLeastZero = 0
+    max_queued_tokens: AtLeastZero = 0
+    max_blocks: AtLeastZero = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FairnessSection:
+    """Tenants by the name of their API key, and what holds for all others.
+
+    A token of a prompt costs 1, one of an answer `output_cost`."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
+    output_cost: Annotated[float, Ge(0)] = 2.0
+    default: TenantSection = field(default_factory=TenantSection)
+    tenants: dict[str, TenantSection] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulingSection:
+    """Who goes first, who shares what with whom, and where a sequence goes. 0 turns a limit off.
+
+    `fairness` is "auto" (between tenants, where there are several API keys), null (off) or a section; `routing` and
+    `overlap` are "auto" by the model and the hardware.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
+    routing: Auto | Routing = "auto"
+    overlap: Auto | bool = "auto"
+    prefix_cache: bool = True
+    share_prefixes: bool = False
+    prefix_wait_tokens: AtLeastOne = 64
+    target_step_s: SecondsOrOff = 0.0
+    min_chunk_tokens: AtLeastOne = 32
+    max_prefills: AtLeastOne = 8
+    order: Literal["arrival", "deadline"] = "deadline"
+    max_waiting: AtLeastOne = 1024
+    max_waiting_tokens: AtLeastZero = 0
+    max_queue_s: SecondsOrOff = 0.0
+    refuse_late: bool = True
+    preempt_lower: bool = False
+    fairness: Auto | FairnessSection | None = "auto"
+    max_open_requests: AtLeastOne = 4096
+    max_open_tokens: AtLeastOne = 64_000_000
+    background_share: Annotated[float, Gt(0), Le(1)] = 0.8
+    record_steps: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +211,7 @@ class Config:
     model: ModelSection = field(default_factory=ModelSection)
     parallel: ParallelSection | Auto = field(default_factory=ParallelSection)
     inference: InferenceSection = field(default_factory=InferenceSection)
+    scheduling: SchedulingSection = field(default_factory=SchedulingSection)
     resources: ResourcesSection = field(default_factory=ResourcesSection)
     security: SecuritySection = field(default_factory=SecuritySection)
     telemetry: TelemetrySection = field(default_factory=TelemetrySection)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from cluster.front_door.errors import Cancelled
@@ -24,8 +25,8 @@ class Owner(Protocol):
         """The choice cannot be finished."""
         ...
 
-    def expired(self, choice: Choice) -> None:
-        """The DP group found the deadline to be over."""
+    def expired(self, choice: Choice, reason: str = "") -> None:
+        """The DP group found the deadline to be over, or out of reach for a `reason` that the client may hear."""
         ...
 
 
@@ -34,7 +35,7 @@ class Placer(Protocol):
 
     def replay(self, choice: Choice, *, avoid: str, reason: str) -> None: ...
 
-    def refused(self, choice: Choice, *, by: Link, reason: str) -> None: ...
+    def refused(self, choice: Choice, *, by: Link, reason: str, retry_after_s: float | None) -> None: ...
 
 
 class Choice:
@@ -47,14 +48,17 @@ class Choice:
         "link",
         "num_replays",
         "output",
+        "prefix",
         "queued",
         "refused_by",
+        "retry_after_s",
         "sequence_id",
         "submit",
     )
 
     def __init__(self, output: ChoiceOutput, submit: session_pb2.Submit, owner: Owner, placer: Placer) -> None:
         self.output = output
+        self.prefix: Sequence[bytes] | None = None  # the hashes of its prompt's beginnings, once they are needed
         self.submit = submit  # without its sequence id, its output so far and its deadline
         self.link: Link | None = None
         self.sequence_id = 0
@@ -62,6 +66,7 @@ class Choice:
         self.queued = False  # in its owner's queue for the reader
         self.interrupted_s: float | None = None  # since when it has been waiting to go on
         self.refused_by: frozenset[str] = frozenset()
+        self.retry_after_s: float | None = None  # the soonest hint of those that refused it
         self._owner = owner
         self._placer = placer
 
@@ -128,10 +133,11 @@ class Choice:
 
     def _ended_badly(self, output: session_pb2.SequenceOutput, link: Link) -> None:
         if output.finish == session_pb2.FINISH_DEADLINE:
-            self._owner.expired(self)
+            self._owner.expired(self, output.error)
         elif output.finish == session_pb2.FINISH_MOVED:
             self._owner.failed(self, Cancelled("the request was resumed by another call"))
         elif output.finish == session_pb2.FINISH_REFUSED:
-            self._placer.refused(self, by=link, reason=output.error)
+            hint_s = output.retry_after_s if output.HasField("retry_after_s") else None
+            self._placer.refused(self, by=link, reason=output.error, retry_after_s=hint_s)
         else:
             self._placer.replay(self, avoid=link.address.key, reason=output.error or "the engine failed")

@@ -72,6 +72,7 @@ class Desk:
         metrics: FrontDoorMetrics,
         clock: Clock,
         tracer: trace.Tracer | None = None,
+        share_prefixes: bool = False,
     ) -> None:
         self.card = card
         self.codec = codec
@@ -81,7 +82,7 @@ class Desk:
         self._links = links
         self._tracer = tracer or trace.get_tracer("shoal.front_door")
         self._prompts = PromptEncoder(codec, template)
-        self._dispatcher = Dispatcher(links, limits, clock, metrics)
+        self._dispatcher = Dispatcher(links, limits, clock, metrics, share_prefixes=share_prefixes)
         self._gate = Gate(limits, metrics, clock)
         self._recent = Recent(limits, clock)
         self._claims = Claims(links)
@@ -285,7 +286,7 @@ class Desk:
         prompt, field = await self._prompts.encode_call(request.call)
         prepared = fit(resolved, prompt, self.card, field=field)
         cost_tokens = prepared.n * (len(prompt) + prepared.sampling.max_tokens)
-        self._gate.weigh(cost_tokens)
+        self._gate.weigh(request.call.priority, cost_tokens)
         request.cost_tokens = cost_tokens
         request.raise_failure()
         request.span.prepared(prepared)
@@ -309,7 +310,7 @@ class Desk:
         """Counts the call among the open ones. Raises Overloaded."""
         if self._open.get(request.key) is request:
             return
-        self._gate.enter(request.cost_tokens)
+        self._gate.enter(request.call.priority, request.cost_tokens)
         self._open[request.key] = request
         self._idle.clear()
 

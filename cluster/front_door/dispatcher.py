@@ -7,6 +7,7 @@ While no group is up, choices wait here: the client sees a pause.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from cluster.front_door.choice import Choice
 from cluster.front_door.errors import InvalidRequest, Overloaded, Unavailable
@@ -16,7 +17,7 @@ from cluster.front_door.link import Link
 from cluster.front_door.links import Links
 from cluster.front_door.metrics import FrontDoorMetrics
 from cluster.front_door.origin import note_history
-from scheduler.routing import RouteRequest
+from scheduler.routing import RouteRequest, route_prefix
 
 __all__ = ["Dispatcher"]
 
@@ -24,13 +25,19 @@ log = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_S = 0.05
 _MOST_BACKOFF_S = 2.0
+# What a refused client is told where the groups could not say, and the least of what they could.
+_RETRY_S = 1.0
+_LEAST_RETRY_S = 0.05
 
 
 class Dispatcher:
     """Places, replays and parks choices. Belongs to the event loop."""
 
-    def __init__(self, links: Links, limits: Limits, clock: Clock, metrics: FrontDoorMetrics) -> None:
+    def __init__(
+        self, links: Links, limits: Limits, clock: Clock, metrics: FrontDoorMetrics, *, share_prefixes: bool = False
+    ) -> None:
         self._links = links
+        self._share_prefixes = share_prefixes
         self._limits = limits
         self._clock = clock
         self._parked: dict[Choice, Timer] = {}
@@ -73,9 +80,11 @@ class Dispatcher:
         else:
             self._later(choice, choice.num_replays - 2)
 
-    def refused(self, choice: Choice, *, by: Link, reason: str) -> None:
-        """A group would not take the choice: another may; if none does, the client hears why."""
+    def refused(self, choice: Choice, *, by: Link, reason: str, retry_after_s: float | None) -> None:
+        """A group would not take the choice: another may; if none does, the client hears why, and when to come back."""
         choice.refused_by |= {by.address.key}
+        hints_s = [each for each in (choice.retry_after_s, retry_after_s) if each is not None]
+        choice.retry_after_s = min(hints_s, default=None)
         others = [link for key, link in self._links.links.items() if link.ready and key not in choice.refused_by]
         if others:
             self._place(choice, avoid=choice.refused_by)
@@ -87,13 +96,20 @@ class Dispatcher:
             choice.refused_by = frozenset()
             self._later(choice, choice.num_replays)
         else:
-            choice.fail(Overloaded(reason or "every DP group is full", retry_after_s=1.0))
+            hint_s = _RETRY_S if choice.retry_after_s is None else max(choice.retry_after_s, _LEAST_RETRY_S)
+            choice.fail(Overloaded(reason or "every DP group is full", retry_after_s=hint_s))
 
     def _place(self, choice: Choice, *, avoid: frozenset[str]) -> None:
         self._unpark(choice)
         output = choice.output.token_ids
         wanted = choice.submit.sampling.max_tokens - len(output)
-        request = RouteRequest(num_tokens=choice.num_tokens, max_tokens=wanted, avoid=avoid)
+        request = RouteRequest(
+            num_tokens=choice.num_tokens,
+            max_tokens=wanted,
+            avoid=avoid,
+            prefix=self._prefix_of(choice),
+            now_s=self._clock.time(),
+        )
         link = self._links.choose(request)
         if link is None:
             self._park(choice)
@@ -105,6 +121,13 @@ class Dispatcher:
             submit.timeout_s = max(0.0, deadline_s - self._clock.time())
         choice.link = link
         choice.sequence_id = link.submit(submit, choice)
+
+    def _prefix_of(self, choice: Choice) -> Sequence[bytes]:
+        """As the DP groups' caches see it: the same tokens of another tenant are another prefix."""
+        if choice.prefix is None:
+            tenant = "" if self._share_prefixes else choice.submit.tenant
+            choice.prefix = route_prefix(choice.submit.prompt_token_ids, tenant)
+        return choice.prefix
 
     def _interrupt(self, choice: Choice) -> None:
         if choice.interrupted_s is None:

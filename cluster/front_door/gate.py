@@ -18,7 +18,9 @@ class Gate:
 
     def __init__(self, limits: Limits, metrics: FrontDoorMetrics, clock: Clock) -> None:
         self._limits = AdmissionLimits(
-            max_open_requests=limits.max_open_requests, max_open_tokens=limits.max_open_tokens
+            max_open_requests=limits.max_open_requests,
+            max_open_tokens=limits.max_open_tokens,
+            background_share=limits.background_share,
         )
         self._metrics = metrics
         self._clock = clock
@@ -28,15 +30,15 @@ class Gate:
         self._measured_tokens = 0
         self._tokens_per_s = 0.0
 
-    def enter(self, cost_tokens: int = 0) -> None:
+    def enter(self, priority: int, cost_tokens: int = 0) -> None:
         """Takes a call in, with what is known of its cost. Raises Overloaded."""
-        self._check(self._num_requests, max(cost_tokens, 1))
+        self._check(self._num_requests, max(cost_tokens, 1), priority)
         self._num_requests += 1
         self._num_tokens += cost_tokens
 
-    def weigh(self, cost_tokens: int) -> None:
+    def weigh(self, priority: int, cost_tokens: int) -> None:
         """The cost of a call that came in without. Raises Overloaded, or InvalidRequest where it can never fit."""
-        self._check(self._num_requests - 1, cost_tokens)
+        self._check(self._num_requests - 1, cost_tokens, priority)
         self._num_tokens += cost_tokens
 
     def leave(self, cost_tokens: int) -> None:
@@ -44,9 +46,9 @@ class Gate:
         self._num_requests -= 1
         self._num_tokens -= cost_tokens
 
-    def _check(self, num_requests: int, cost_tokens: int) -> None:
+    def _check(self, num_requests: int, cost_tokens: int, priority: int) -> None:
         load = OpenLoad(num_requests=num_requests, num_tokens=self._num_tokens, tokens_per_s=self._rate())
-        verdict = admit(self._limits, load, cost_tokens)
+        verdict = admit(self._limits, load, cost_tokens, priority=priority)
         if verdict.admitted:
             return
         if verdict.retry_after_s is None:

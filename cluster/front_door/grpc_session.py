@@ -86,7 +86,11 @@ class Session:
         await self._send(
             pb.SessionEvent(
                 error=pb.SessionError(
-                    request_id=request_id, code=code_number(wire.grpc), message=error.message, field=error.field
+                    request_id=request_id,
+                    code=code_number(wire.grpc),
+                    message=error.message,
+                    field=error.field,
+                    retry_after_s=error.retry_after_s,
                 )
             )
         )

@@ -27,6 +27,7 @@ class Limits:
     max_priority: int = 2**31 - 1
     max_open_requests: int = 4096
     max_open_tokens: int = 64_000_000  # prompts and the most that may be answered, over all choices
+    background_share: float = 0.8  # of both, for requests of a class below the default one
     max_replays: int = 8  # of one choice
     replay_patience_s: float = 60.0  # how long an interrupted choice waits for a DP group
     resume_window_s: float = 60.0

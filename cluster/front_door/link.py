@@ -121,6 +121,8 @@ class Link:
             num_free_blocks=load.num_free_blocks,
             num_blocks=load.num_blocks,
             outstanding_tokens=self._outstanding_tokens,
+            num_outstanding=len(self._open),
+            max_batch_tokens=self.info.max_batch_tokens,
         )
 
     def fence(self, generation: int) -> None:

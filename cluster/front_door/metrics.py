@@ -161,6 +161,9 @@ class FrontDoorMetrics:
             yield from (self._gauge(prefix + name, text, rows) for name, rows, text in gauges)
             yield from (self._counter(prefix + name, text, rows) for name, rows, text in counters)
         yield self._gauge("shoal_step_seconds", "The last step's duration.", [(by, load.step_s) for by, load in loads])
+        uneven = [(by, load.ep_imbalance) for by, load in loads if load.ep_imbalance]
+        text = "Tokens of the fullest DP group in the last steps of an expert exchange, over the mean; 1 is even."
+        yield self._gauge("shoal_ep_step_imbalance", text, uneven)
         ready = [({"engine": key}, int(link.ready)) for key, link in links.links.items()]
         yield self._gauge("shoal_group_ready", "Whether the stream to the group is up.", ready)
         lost = [({"engine": key}, link.num_lost) for key, link in links.links.items()]

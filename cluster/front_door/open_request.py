@@ -185,11 +185,11 @@ class OpenRequest:
         during = f"request {self.call.request_id}"
         self.fail(error if isinstance(error, RequestError) else incident(error, during))
 
-    def expired(self, choice: Choice) -> None:
-        self._expire()
+    def expired(self, choice: Choice, reason: str = "") -> None:
+        self._expire(reason)
 
-    def _expire(self) -> None:
-        self.fail(DeadlineExceeded("the deadline passed before the request was finished"))
+    def _expire(self, reason: str = "") -> None:
+        self.fail(DeadlineExceeded(reason or "the deadline passed before the request was finished"))
 
     def _take(self) -> Chunk:
         choice = self._fresh.popleft()

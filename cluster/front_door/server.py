@@ -46,7 +46,8 @@ class FrontDoorSettings:
     chaos: bool = False  # whether administrators may inject faults
     cors_origins: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
-    routing: str = "power-of-two"
+    routing: str = "prefix-affinity"
+    share_prefixes: bool = False
 
     def may_operate(self, client: str) -> bool:
         """Whether a client may drain, scale and the like."""
@@ -86,6 +87,7 @@ class FrontDoorServer:
             metrics=metrics,
             clock=loop,
             tracer=tracer,
+            share_prefixes=settings.share_prefixes,
         )
         authenticate = ApiKeys(settings.api_keys)
         admin = None

@@ -1,10 +1,11 @@
-"""`make serve` as a user runs it: started, asked for its first token, ended with Ctrl-C."""
+"""`make serve`, or `shoal serve`, as a user runs it: started, asked for its first token, ended with Ctrl-C."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ __all__ = ["DEFAULT_MODEL", "Server", "serving"]
 
 ROOT = Path(__file__).parents[2]
 DEFAULT_MODEL = Path.home() / ".cache/shoal/models/smollm2-135m"
+_SHOAL = (sys.executable, "-c", "from cluster.cli import main; main()")
 _RETRY_S = 0.02
 _STOP_TIMEOUT_S = 60.0
 _LOG_TAIL = 4000
@@ -41,15 +43,23 @@ class Server:
 
 
 @contextmanager
-def serving(*arguments: str, start_timeout_s: float = 600.0) -> Iterator[Server]:
-    """Runs `make serve` on free ports from its start to its end.
+def serving(*arguments: str, config: str | None = None, start_timeout_s: float = 600.0) -> Iterator[Server]:
+    """Runs `make serve` on free ports from its start to its end; with a `config` (YAML), `shoal serve` with that.
 
     Raises RuntimeError with the end of its output where it ends early or gives no token in time, or where
     anything of it is still alive after Ctrl-C.
     """
     port, http_port = free_port(), free_port()
-    command = ["make", "serve", f"ARGS={' '.join([*arguments, f'--port {port} --http-port {http_port}'])}"]
-    with tempfile.TemporaryFile() as log:
+    options = [*arguments, f"--port {port} --http-port {http_port}"]
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as folder:
+        if config is None:
+            command = ["make", "serve", f"ARGS={' '.join(options)}"]
+            shown = f"make serve ARGS='{' '.join(options)}'"
+        else:
+            path = Path(folder) / "shoal.yaml"
+            path.write_text(config, encoding="utf-8")
+            command = [*_SHOAL, "serve", *" ".join([*options, f"--config {path}"]).split()]
+            shown = f"shoal serve {' '.join(options)}"
         started_s = time.perf_counter()
         # A process group of its own is what a terminal would give it, and what Ctrl-C goes to.
         process = subprocess.Popen(  # noqa: S603
@@ -63,7 +73,7 @@ def serving(*arguments: str, start_timeout_s: float = 600.0) -> Iterator[Server]
             yield Server(
                 address=f"127.0.0.1:{port}",
                 http_url=f"http://127.0.0.1:{http_port}",
-                command=f"{command[0]} {command[1]} ARGS='{command[2].removeprefix('ARGS=')}'",
+                command=shown,
                 first_token_s=first_s - started_s,
                 tree=tree,
             )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+from dataclasses import asdict
+from pathlib import Path
 
 from scheduler.simulator.comparisons import COMPARISONS, Comparison
 from scheduler.simulator.step_time import StepTime
@@ -21,16 +24,21 @@ def main(arguments: list[str] | None = None) -> None:
         help="seconds of a step: fixed, for a token of prefill, for a decoding sequence, "
         "for a million pairs of a token and one that it attends to",
     )
+    parser.add_argument("--json", type=Path, help="write the tables here")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in COMPARISONS]
     if unknown:
         parser.error(f"no comparison is named {unknown[0]!r}; there are {', '.join(COMPARISONS)}")
+    tables = {}
     for name in options.names or COMPARISONS:
         began_s = time.perf_counter()
         comparison = COMPARISONS[name](options.step_time)
+        tables[name] = asdict(comparison)
         sys.stdout.write(table(comparison))
         sys.stdout.write(f"simulated in {time.perf_counter() - began_s:.1f} s\n\n")
         sys.stdout.flush()
+    if options.json:
+        options.json.write_text(json.dumps(tables))
 
 
 def table(comparison: Comparison) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from scheduler.batcher import BatcherSettings
-from scheduler.plan import FinishReason
 from scheduler.routing import POLICIES
 from scheduler.simulator.outcome import jain
 from scheduler.simulator.simulation import simulate
@@ -108,7 +107,7 @@ def deadlines(step_time: StepTime, *, seed: int = 2, num_requests: int = 2000, o
         ("deadline first, late refused", replace(limits, order="deadline", refuse_late=True)),
     ):
         report = simulate(trace, tried, step_time=step_time)
-        refused = sum(one.finish is FinishReason.REFUSED for one in report.outcomes) / len(trace)
+        refused = sum(one.refused for one in report.outcomes) / len(trace)
         rows.append(
             Row(
                 name,
@@ -132,7 +131,7 @@ def prefixes(step_time: StepTime, *, seed: int = 3, num_sessions: int = 150, num
     starts = poisson(rng, 2.5, num_sessions / 2.5)
     trace = sessions(rng, starts, system=300, turn=120, answer=100, num_turns=6, pause_s=8.0)
     rows = []
-    for name in ("round-robin", "least-loaded", "prefix-affinity"):
+    for name in ("round-robin", "least-tokens", "prefix-affinity"):
         policy = POLICIES[name](random.Random(seed))  # noqa: S311
         report = simulate(trace, limits, step_time=step_time, num_replicas=num_replicas, policy=policy)
         ends = [sum(one.replica == index for one in report.outcomes) for index in range(num_replicas)]

@@ -30,6 +30,11 @@ class Outcome:
         return self.finish in _DONE
 
     @property
+    def refused(self) -> bool:
+        """Whether it was sent away before any work was done for it."""
+        return not self.done and not self.token_times_s
+
+    @property
     def in_time(self) -> bool:
         """Whether it was answered in full before its deadline."""
         timeout_s = self.arrival.timeout_s

@@ -7,9 +7,11 @@ are published on the way, as they are in service.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from scheduler.batcher import Batcher, BatcherSettings
 from scheduler.plan import SequenceResult, StepResult
@@ -71,13 +73,18 @@ def measure(num_running: int, num_steps: int, *, fairness: FairnessSettings | No
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scheduler.simulator.overhead")
     parser.add_argument("--steps", type=int, default=300, help="steps to time for each size")
-    steps = parser.parse_args().steps
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    found = {}
     sys.stdout.write("running  median ms  p99 ms  goal ms  with tenants: median ms\n")
     for size, goal_ms in SIZES.items():
-        plain, fair = measure(size, steps), measure(size, steps, fairness=FairnessSettings())
+        plain, fair = measure(size, options.steps), measure(size, options.steps, fairness=FairnessSettings())
+        found[size] = {"plain": asdict(plain), "tenants": asdict(fair), "goal_ms": goal_ms}
         sys.stdout.write(
             f"{size:7d}  {plain.median_ms:9.3f}  {plain.p99_ms:6.3f}  {goal_ms:7.1f}  {fair.median_ms:23.3f}\n"
         )
+    if options.json:
+        options.json.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,10 @@ class StepTime:
         return (1.0, num_prefill, num_decodes, num_pairs / 1e6)
 
     def seconds(self, plan: StepPlan) -> float:
-        one, num_prefill, num_decodes, pairs = self.features(plan)
+        return self.seconds_of(self.features(plan))
+
+    def seconds_of(self, features: Features) -> float:
+        one, num_prefill, num_decodes, pairs = features
         return (
             one * self.fixed_s
             + num_prefill * self.prefill_token_s

@@ -63,8 +63,10 @@ class Served:
         )
         assert self.process.poll() is None, self.output
 
-    def status(self) -> admin_pb2.StatusResponse:
-        return admin_pb2_grpc.AdminStub(self.channel).Status(admin_pb2.StatusRequest(), timeout=20)
+    def status(self, *, api_key: str = "") -> admin_pb2.StatusResponse:
+        metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        stub = admin_pb2_grpc.AdminStub(self.channel)
+        return stub.Status(admin_pb2.StatusRequest(), timeout=20, metadata=metadata)
 
     def stream(self, text: str, **sampling: object) -> Iterator[inference_pb2.GenerateChunk]:
         """Greedy unless told otherwise."""

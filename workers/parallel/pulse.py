@@ -24,6 +24,7 @@ __all__ = ["Pulse"]
 
 _BEAT = struct.Struct("!QQIQ")  # generation, beat, tokens, epoch offered
 _LOOK_S = 0.25
+_RECENT_STEPS = 0.02  # the weight of the last step in what is told of the last ones
 
 
 class Pulse:
@@ -55,6 +56,7 @@ class Pulse:
         self._untold = False  # an offer that no beat has carried
         self.agreed = 0
         self._tokens: dict[int, int] = dict.fromkeys(peers, 0)
+        self._most_tokens = self._mean_tokens = 0.0
         self._reason: str | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._listen, name="pulse", daemon=True)
@@ -68,6 +70,11 @@ class Pulse:
     def tokens(self) -> Mapping[int, int]:
         """What each peer brought to the last beat."""
         return self._tokens
+
+    @property
+    def imbalance(self) -> float:
+        """Tokens of the fullest group in the last steps over the mean of all groups: 1 is even, 0 before a step."""
+        return self._most_tokens / self._mean_tokens if self._mean_tokens else 0.0
 
     def start(self) -> None:
         self._thread.start()
@@ -102,7 +109,11 @@ class Pulse:
             self.agreed = offer if len(offers) == 1 else 0
             if self.agreed == self._offer:
                 self._offer = 0
-        self._ran = num_tokens > 0 or any(self._tokens.values())
+        counts = (num_tokens, *self._tokens.values())
+        self._ran = any(counts)
+        if self._ran:
+            self._most_tokens += _RECENT_STEPS * (max(counts) - self._most_tokens)
+            self._mean_tokens += _RECENT_STEPS * (sum(counts) / len(counts) - self._mean_tokens)
         return self._ran
 
     def close(self) -> None:

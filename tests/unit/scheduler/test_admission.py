@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,19 @@ def test_too_many_tokens_wait_for_the_excess_to_go() -> None:
     verdict = admit(LIMITS, OpenLoad(num_requests=1, num_tokens=900, tokens_per_s=50.0), 200)
     assert (verdict.admitted, verdict.retry_after_s) == (False, 2.0)
     assert verdict.reason == "too many tokens are open: 900 of 1000"
+
+
+def test_background_work_is_turned_away_first() -> None:
+    limits = replace(LIMITS, background_share=0.5)
+    load = OpenLoad(num_requests=2, num_tokens=300)
+    assert admit(limits, load, 100).admitted
+    assert admit(limits, load, 100, priority=-1).admitted
+    verdict = admit(limits, load, 100, priority=1)
+    assert not verdict.admitted
+    assert verdict.reason == "too many requests are open for this priority: 2 of 2"
+    assert verdict.retry_after_s is not None
+    assert admit(limits, replace(load, num_requests=1), 100, priority=1).admitted
+    assert admit(limits, replace(load, num_requests=0), 600, priority=1).retry_after_s is None
 
 
 def test_too_many_requests_wait_for_one_to_go() -> None:

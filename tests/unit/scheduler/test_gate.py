@@ -49,7 +49,7 @@ def test_what_cannot_meet_its_deadline_is_refused_with_the_estimate() -> None:
     bench = warm()
     due(bench, "a", 0.5, max_tokens=100)  # 100 steps of 11 ms
     (event,) = bench.events["a"]
-    assert event.finish is FinishReason.REFUSED
+    assert event.finish is FinishReason.DEADLINE
     assert event.error == "not to be done by its deadline: about 1.16 s are needed, 0.5 s are left"
     assert event.retry_after_s is None, "it would never be done in so short a time"
     due(bench, "b", 1.3, max_tokens=100)
@@ -92,7 +92,13 @@ def test_answers_are_expected_to_be_as_long_as_they_were() -> None:
     bench.submit(request("a", 5, max_tokens=1000, deadline_s=now_s + 3.0))
     assert not bench.events["a"]
     bench.submit(request("b", 5, max_tokens=1000, deadline_s=now_s + 3.0, ignore_eos=True))
-    assert bench.finish("b") is FinishReason.REFUSED
+    assert bench.finish("b") is FinishReason.DEADLINE
+
+
+def test_what_may_answer_at_length_is_not_refused_for_short_answers_that_used_all_they_might() -> None:
+    bench = warm()
+    bench.submit(request("a", 5, max_tokens=400, deadline_s=bench.clock.now_s + 1.0))
+    assert not bench.events["a"], "400 tokens would be too many, and the longest answer so far had 12"
 
 
 def test_without_data_nobody_is_refused() -> None:

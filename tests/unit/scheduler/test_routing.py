@@ -51,7 +51,7 @@ def test_only_healthy_groups_that_are_not_avoided_are_chosen(name: str) -> None:
         ({"num_free_blocks": 2}, {"num_free_blocks": 3}),
     ],
 )
-@pytest.mark.parametrize("name", ["least-loaded", "power-of-two", "prefix-affinity"])
+@pytest.mark.parametrize("name", ["least-tokens", "power-of-two", "prefix-affinity"])
 def test_of_two_groups_the_less_loaded_is_chosen(name: str, busy: dict[str, int], idle: dict[str, int]) -> None:
     policy = POLICIES[name](random.Random(1))
     for _ in range(20):

@@ -19,7 +19,7 @@ from cluster.front_door.links import Links
 from cluster.front_door.metrics import FrontDoorMetrics
 from cluster.front_door.model_card import ModelCard
 from protos.shoal.v1 import session_pb2 as pb
-from scheduler.routing import LeastLoaded
+from scheduler.routing import LeastLoaded, RoutingPolicy
 from tests.fakes import CARD, ByteCodec, LineTemplate
 
 __all__ = ["Bench", "ManualClock", "ScriptedLink", "address", "bench", "turns"]
@@ -102,10 +102,19 @@ class ScriptedLink(Link):
         )
         submit.output_token_ids.extend(text.encode())
 
-    def end(self, submit: pb.Submit, finish: pb.Finish.ValueType, error: str = "") -> None:
+    def end(
+        self, submit: pb.Submit, finish: pb.Finish.ValueType, error: str = "", retry_after_s: float | None = None
+    ) -> None:
         """A sequence's end without a token."""
-        position = len(submit.output_token_ids)
-        self.say(pb.SequenceOutput(sequence_id=submit.sequence_id, position=position, finish=finish, error=error))
+        self.say(
+            pb.SequenceOutput(
+                sequence_id=submit.sequence_id,
+                position=len(submit.output_token_ids),
+                finish=finish,
+                error=error,
+                retry_after_s=retry_after_s,
+            )
+        )
 
     @property
     def submits(self) -> list[pb.Submit]:
@@ -163,6 +172,7 @@ def bench(
     limits: Limits | None = None,
     card: ModelCard = CARD,
     up: bool = True,
+    policy: RoutingPolicy | None = None,
 ) -> Bench:
     """A desk with this many groups."""
     clock = ManualClock()
@@ -173,7 +183,7 @@ def bench(
         link._ids = itertools.count(1000 * where.port)  # so that a sequence id names its group, too
         return link
 
-    links = Links(LinkOptions(front_door_id="test", secret="x"), LeastLoaded(), make_link=make_link)
+    links = Links(LinkOptions(front_door_id="test", secret="x"), policy or LeastLoaded(), make_link=make_link)
     metrics = FrontDoorMetrics(card.name, clock)
     metrics.watch(links)
     registry = CollectorRegistry()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from cluster.front_door.call import Call, Chunk, SamplingOptions
-from cluster.front_door.errors import InvalidRequest, Overloaded, Unavailable
+from cluster.front_door.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from cluster.front_door.limits import Limits
 from cluster.front_door.validate import choice_seed
 from protos.shoal.v1 import session_pb2 as pb
@@ -167,6 +167,26 @@ async def test_a_full_group_hands_on_to_the_next() -> None:
     with pytest.raises(Overloaded, match="7 requests are waiting") as caught:
         await task
     assert caught.value.retry_after_s
+
+
+async def test_the_client_hears_the_soonest_of_the_groups_hints() -> None:
+    it = bench()
+    task, (submit,) = await it.begin(_call())
+    at = _where(it, submit)
+    it.link(at).end(submit, pb.FINISH_REFUSED, "too late", retry_after_s=2.5)
+    (second,) = it.link(1 - at).submits
+    it.link(1 - at).end(second, pb.FINISH_REFUSED, "too late", retry_after_s=7.0)
+    with pytest.raises(Overloaded, match="too late") as caught:
+        await task
+    assert caught.value.retry_after_s == 2.5
+
+
+async def test_a_deadline_out_of_reach_is_told_with_the_estimate() -> None:
+    it = bench()
+    task, (submit,) = await it.begin(Call(text="hi", timeout_s=10))
+    it.link(_where(it, submit)).end(submit, pb.FINISH_DEADLINE, "about 12 s are needed, 10 s are left")
+    with pytest.raises(DeadlineExceeded, match="about 12 s are needed"):
+        await task
 
 
 async def test_a_full_group_is_only_a_pause_for_a_stream_that_has_begun() -> None:

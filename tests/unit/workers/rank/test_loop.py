@@ -37,7 +37,8 @@ class Gate:
 
 
 class Loops:
-    def __init__(self) -> None:
+    def __init__(self, overlap: bool) -> None:
+        self.overlap = overlap
         self.started: list[StepLoop] = []
 
     def __call__(self, run: Run, on_broken: Callable[[], None] = lambda: None) -> tuple[StepLoop, Recorder]:
@@ -45,7 +46,7 @@ class Loops:
             max_batch_size=4, max_batch_tokens=16, max_model_len=64, block_size=4, num_blocks=64, max_waiting=4
         )
         batcher = Batcher(settings, clock=time.monotonic, generation=3)
-        loop = StepLoop(batcher, run, rank=0, clock=time.monotonic, on_broken=on_broken)
+        loop = StepLoop(batcher, run, rank=0, clock=time.monotonic, on_broken=on_broken, overlap=self.overlap)
         outlet = Recorder()
         loop.attach(outlet)
         loop.start()
@@ -53,9 +54,10 @@ class Loops:
         return loop, outlet
 
 
-@pytest.fixture
-def start() -> Iterator[Loops]:
-    loops = Loops()
+@pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
+def start(request: pytest.FixtureRequest) -> Iterator[Loops]:
+    """The two loops promise the same."""
+    loops = Loops(request.param)
     yield loops
     for loop in loops.started:
         loop.stop(1)

@@ -82,6 +82,7 @@ def test_every_part_of_an_event_arrives() -> None:
         error="e",
         queue_s=0.5,
         prefill_s=0.25,
+        retry_after_s=1.5,
     )
     expected = session_pb2.SequenceOutput(
         sequence_id=9,
@@ -97,6 +98,7 @@ def test_every_part_of_an_event_arrives() -> None:
         error="e",
         queue_s=0.5,
         prefill_s=0.25,
+        retry_after_s=1.5,
     )
     assert output_from_event(event, 9) == expected
 
