@@ -5,44 +5,41 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
-from scheduler.plan import StepPlan, StepResult
+__all__ = ["Beside"]
 
-__all__ = ["Beside", "TimedRun"]
-
-TimedRun = Callable[[StepPlan, str], tuple[StepResult, float]]
-"""A plan and a traceparent to the plan's result and how many seconds it took."""
+T = TypeVar("T")
 
 
-class Beside:
-    """One step at a time: `begin` it, do something else, and `end` it. Both belong to one thread."""
+class Beside(Generic[T]):
+    """One piece of work at a time: `begin` it, do something else, and `end` it. Both belong to one thread."""
 
-    def __init__(self, run: TimedRun) -> None:
-        self._run = run
-        self._plans: queue.SimpleQueue[tuple[StepPlan, str] | None] = queue.SimpleQueue()
-        self._ends: queue.SimpleQueue[tuple[StepResult, float] | Exception] = queue.SimpleQueue()
-        # A daemon: a step that hangs must not keep the process alive.
-        self._thread = threading.Thread(target=self._loop, name="steps", daemon=True)
+    def __init__(self, name: str) -> None:
+        self._work: queue.SimpleQueue[Callable[[], T] | None] = queue.SimpleQueue()
+        self._ends: queue.SimpleQueue[tuple[T] | Exception] = queue.SimpleQueue()
+        # A daemon: work that hangs must not keep the process alive.
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
         self._thread.start()
 
-    def begin(self, plan: StepPlan, traceparent: str) -> None:
-        self._plans.put((plan, traceparent))
+    def begin(self, work: Callable[[], T]) -> None:
+        self._work.put(work)
 
-    def end(self) -> tuple[StepResult, float]:
-        """Waits for the step that was begun; raises what it raised."""
+    def end(self) -> T:
+        """Waits for what was begun; raises what it raised."""
         end = self._ends.get()
         if isinstance(end, Exception):
             raise end
-        return end
+        return end[0]
 
     def close(self) -> None:
-        """Ends the thread after the step in progress, and waits for it."""
-        self._plans.put(None)
+        """Ends the thread after the work in progress, and waits for it."""
+        self._work.put(None)
         self._thread.join()
 
     def _loop(self) -> None:
-        while (begun := self._plans.get()) is not None:
+        while (work := self._work.get()) is not None:
             try:
-                self._ends.put(self._run(*begun))
+                self._ends.put((work(),))
             except Exception as error:
                 self._ends.put(error)

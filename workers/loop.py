@@ -118,7 +118,8 @@ class StepLoop:
         self._company = company
         self._on_broken = on_broken
         self._on_step = on_step
-        self._beside = Beside(self._timed) if overlap else None
+        # Every step runs there, those without work too: all of a rank's kernels are one thread's, and its helpers'.
+        self._beside: Beside[tuple[StepResult, float] | None] | None = Beside("steps") if overlap else None
         self._flying: tuple[StepPlan, str] | None = None  # a plan that runs beside already, and its traceparent
         self._outlets: list[Outlet] = []
         self._inbox: list[Callable[[], None]] = []
@@ -270,16 +271,18 @@ class StepLoop:
         plan, traceparent = self._next(inbox)
         if plan is None:
             if self._company is not None and self._company.pending and self._broken is None:
-                self._company.keep_step()
+                self._keep_step(self._company)
             return
         ahead: tuple[StepPlan, str] | None = None
         if self._beside is None:
             result, step_s = self._timed(plan, traceparent)
         else:
             if self._flying is None:
-                self._beside.begin(plan, traceparent)
+                self._begin(self._beside, plan, traceparent)
             ahead = self._plan_ahead()
-            result, step_s = self._beside.end()
+            end = self._beside.end()
+            assert end is not None
+            result, step_s = end
         self._take_in(plan, result, step_s, ahead)
         if self._on_step is not None:
             self._on_step(plan, self.clock() - began_s)
@@ -316,11 +319,21 @@ class StepLoop:
             events = self._batcher.commit(plan, result, step_s=step_s)
             if ahead is not None:
                 assert self._beside is not None
-                self._beside.begin(*ahead)
+                self._begin(self._beside, *ahead)
             self._deliver([*events, *self._batcher.take_events()], step=True)
             if self._probes and any(made.token_id is not None for made in result.sequences):
                 for probe in self._probes:
                     probe.set()
+
+    def _begin(self, beside: Beside[tuple[StepResult, float] | None], plan: StepPlan, traceparent: str) -> None:
+        beside.begin(lambda: self._timed(plan, traceparent))
+
+    def _keep_step(self, company: Company) -> None:
+        if self._beside is None:
+            company.keep_step()
+            return
+        self._beside.begin(company.keep_step)
+        self._beside.end()
 
     def _timed(self, plan: StepPlan, traceparent: str) -> tuple[StepResult, float]:
         """Runs a plan; its result, and the seconds it took."""

@@ -102,6 +102,20 @@ def test_a_beat_wakes_the_sleepers_and_then_all_sleep_again() -> None:
         assert sleepers[0].pulse.tokens == {0: 0, 2: 0}
 
 
+def test_the_balance_of_the_steps_is_measured() -> None:
+    brought = [(30, 10), (0, 0), (20, 20), (0, 16)]
+    with _mesh(2) as groups:
+        assert groups[0].pulse.imbalance == 0.0, "no step yet"
+
+        def work(index: int) -> None:
+            for tokens in brought:
+                groups[index].pulse.beat(tokens[index])
+
+        assert not _in_threads(groups, work)
+        assert groups[0].pulse.imbalance == groups[1].pulse.imbalance
+        assert groups[0].pulse.imbalance == pytest.approx((30 + 20 + 16) / (20 + 20 + 8), rel=0.02)
+
+
 def test_a_dead_peer_ends_a_beat_and_is_heard_of_while_asleep() -> None:
     ends = _sockets(2)
     survivor = Group(ends[0])
