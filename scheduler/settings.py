@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from scheduler.policy import ORDERS
 from scheduler.tenants import FairnessSettings
@@ -76,8 +77,8 @@ class BatcherSettings(SchedulingSettings):
     @classmethod
     def of(cls, scheduling: SchedulingSettings, **sizes: int) -> BatcherSettings:
         """An operator's choices for a group of these sizes."""
-        chosen = {field.name: getattr(scheduling, field.name) for field in fields(SchedulingSettings)}
-        return cls(**chosen, **sizes)
+        values: dict[str, Any] = {field.name: getattr(scheduling, field.name) for field in fields(SchedulingSettings)}
+        return cls(**values | sizes)
 
     @property
     def max_running(self) -> int:

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import grpc
 import pytest
@@ -19,7 +20,7 @@ from tests.integration.served import Served, eventually, serving
 
 pytestmark = pytest.mark.timeout(240)
 
-KEYS = {"alice": "the key of alice", "bob": "the key of bob"}
+KEYS = {"alice": "key-of-alice", "bob": "key-of-bob-too"}
 CONFIG = f"""
 inference: {{max_batch_size: 1}}
 security: {{api_key: {json.dumps(KEYS)}}}
@@ -69,7 +70,7 @@ def completion(served: Served, tenant: str, **body: object) -> tuple[int, dict[s
 @contextmanager
 def busy(served: Served) -> Iterator[None]:
     """The only slot is taken by a long answer."""
-    stream = served.inference.Generate(generate("busy", max_tokens=LONG), timeout=600, metadata=metadata("alice"))
+    stream: Any = served.inference.Generate(generate("busy", max_tokens=LONG), timeout=600, metadata=metadata("alice"))
     assert next(iter(stream)).token_ids
     yield
     stream.cancel()
@@ -109,7 +110,7 @@ def test_what_could_be_done_later_gets_a_hint(served: Served) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             ask(served, "hi", max_tokens=8, timeout_s=0.5)
         status, headers, answer = completion(served, "bob", prompt="hi", max_tokens=8, timeout=0.5)
-    error = caught.value
+    error: Any = caught.value
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "are needed" in error.details()
     packed = dict(error.trailing_metadata())["grpc-status-details-bin"]
@@ -128,7 +129,7 @@ def test_an_urgent_request_goes_before_one_that_came_first(served: Served) -> No
         request.request_id = name
         asked.append(pb.SessionRequest(generate=request))
     with busy(served):
-        session = served.inference.Session(iter(asked), timeout=60, metadata=metadata("bob"))
+        session = served.inference.Session(iter(asked), timeout=600, metadata=metadata("bob"))
         eventually(lambda: group(served).num_waiting == len(classes), "they wait")
     began = dict.fromkeys(event.chunk.request_id for event in session)
     assert list(began) == ["urgent", "usual", "background"]

@@ -33,7 +33,7 @@ async def test_a_conversation_stays_where_it_began() -> None:
     first = await say(it, TALK)
     others = [await say(it, f"{index} something else entirely, {TALK}") for index in range(6)]
     assert set(others) == {0, 1}, "what is new goes to either"
-    for turn in range(2, 8):
+    for turn in range(2, 6):
         assert await say(it, TALK * turn) == first
 
 
