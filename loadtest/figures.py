@@ -24,6 +24,9 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 SECTIONS = {
     "startup": "loadtest.peers.startup",
     "transformers": "loadtest.peers.transformers_generate",
+    "moe": "loadtest.peers.moe",
+    "ep": "tests.integration.measure_ep",
+    "moe-layer": "tests.integration.measure_moe_layer",
     "serve-proxy": "loadtest.peers.serve_proxy",
     "latency": "loadtest.peers.latency",
     "scheduler-simulated": "loadtest.peers.scheduler_simulated",

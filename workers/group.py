@@ -91,6 +91,8 @@ class Membership:
             self.sender.hang_up()
         if self.receiver is not None:
             self.receiver.hang_up()
+        if self.groups.expert is not None:
+            self.groups.expert.hang_up()
 
     def close(self) -> None:
         if self.sender is not None:

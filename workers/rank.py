@@ -203,6 +203,7 @@ class Rank:
             block_size=settings.block_size,
             load_s=report.load_s if report else 0.0,
             collectives=kind,
+            dispatch=report.dispatch if report else "",
             kernels=report.kernels if report else "",
             session=self._session_address,
             load=self._loop.load if self._loop is not None else None,
@@ -269,7 +270,10 @@ class Rank:
 
     def drain(self, timeout_s: float) -> bool:
         """Takes nothing new and waits for what is open; False where that takes longer."""
-        return self._loop.drain(timeout_s) if self._loop is not None else True
+        drained = self._loop.drain(timeout_s) if self._loop is not None else True
+        if self._routing_log is not None:
+            self.record_routing(None)  # the process may be killed next, and nothing follows that were worth recording
+        return drained
 
     def stop(self) -> None:
         """Ends every thread and connection; what is open ends as FAILED. Safe to repeat."""

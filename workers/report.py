@@ -78,6 +78,7 @@ class RankStatus:
     block_size: int
     load_s: float = 0.0
     collectives: str = ""
+    dispatch: str = ""  # how rows reach their experts; empty for a model without
     kernels: str = ""
     session: str = ""  # host:port at the first rank of a DP group
     load: BatcherLoad | None = None

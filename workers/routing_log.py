@@ -1,6 +1,7 @@
 """Writes every expert choice to files, to try placements on (`scheduler/experts_replay.py`).
 
-Each file holds a thousand tokens or a few more: `experts` [layers, tokens, choices], `layers`, and `num_experts`.
+Each file holds a thousand tokens or a few more, or what came in two seconds: `experts` [layers, tokens, choices],
+`layers`, and `num_experts`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ __all__ = ["RoutingLog"]
 
 log = logging.getLogger(__name__)
 
-# What is not in a file yet is lost with a rank that is killed, which is how engines end.
 _TOKENS_PER_FILE = 1024
+# What is not in a file yet is lost with a rank that is killed: so nothing waits longer than this for more.
+_WRITE_EVERY_S = 2.0
 
 
 class RoutingLog:
@@ -39,6 +41,7 @@ class RoutingLog:
         layers: Sequence[int],
         num_experts: int,
         tokens_per_file: int = _TOKENS_PER_FILE,
+        write_every_s: float = _WRITE_EVERY_S,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
@@ -47,6 +50,7 @@ class RoutingLog:
         self._layers = tuple(layers)
         self._num_experts = num_experts
         self._tokens_per_file = tokens_per_file
+        self._write_every_s = write_every_s
         self._step: list[NDArray[np.uint16]] = []
         self._lock = threading.Lock()
         self._steps: list[NDArray[np.uint16]] = []
@@ -83,13 +87,29 @@ class RoutingLog:
     def _write(self) -> None:
         number = 0
         broken = False
-        while (experts := self._files.get()) is not None:
+        while (experts := self._next()) is not None:
             if broken:
                 continue
             path = self._folder / f"{self._generation:05d}-{number:06d}-{self._name}.npz"
             try:
-                np.savez_compressed(path, experts=experts, layers=self._layers, num_experts=self._num_experts)
+                self._save(path, experts)
             except OSError as error:
                 log.error("routing is no longer recorded: %s", error)
                 broken = True
             number += 1
+
+    def _next(self) -> NDArray[np.uint16] | None:
+        """What is to be written next; None at the end."""
+        while True:
+            try:
+                return self._files.get(timeout=self._write_every_s)
+            except queue.Empty:
+                with self._lock:
+                    self._flush()
+
+    def _save(self, path: Path, experts: NDArray[np.uint16]) -> None:
+        """Under its name only once it is whole: a rank may be killed in the midst of it."""
+        unfinished = path.with_suffix(".part")
+        with unfinished.open("wb") as file:
+            np.savez_compressed(file, experts=experts, layers=self._layers, num_experts=self._num_experts)
+        unfinished.rename(path)

@@ -56,6 +56,8 @@ def _warnings(
             yield f"{engine.engine}: {engine.error}"
         if engine.status.collectives.startswith("gloo ("):
             yield f"{engine.engine}: tensor-parallel sums go over {engine.status.collectives}"
+        if "gloo (" in engine.status.dispatch:
+            yield f"{engine.engine}: experts are reached by {engine.status.dispatch}"
     for door in front_doors:
         if door.error:
             yield f"front door {door.id}: {door.error}"

@@ -55,6 +55,7 @@ def _engine(engine: admin_pb2.EngineStatus) -> Iterator[str | Table]:
     facts = [engine.plan, engine.dtype]
     if engine.collectives:
         facts += [f"collectives: {engine.collectives}", f"kernels: {engine.kernels}"]
+        facts += [f"experts: {engine.dispatch}"] * bool(engine.dispatch)
         facts += [f"loaded in {engine.load_s:.1f} s"]
     yield "  " + "; ".join(facts)
     if engine.dp_groups:

@@ -137,6 +137,7 @@ class Leader:
         if self._statuses:
             status.collectives = self._statuses[0].collectives
             status.kernels = self._statuses[0].kernels
+            status.dispatch = self._statuses[0].dispatch
             status.load_s = max(report.load_s for report in self._statuses)
         tokens = self._experts.rank_tokens
         if tokens:

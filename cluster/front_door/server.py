@@ -15,6 +15,7 @@ from cluster.front_door.admin_door import AdminDoor, Operations
 from cluster.front_door.auth import ApiKeys
 from cluster.front_door.chat_template import ChatTemplate
 from cluster.front_door.desk import Desk
+from cluster.front_door.expert_metrics import ExpertMetrics
 from cluster.front_door.groups import GroupAddress
 from cluster.front_door.grpc_server import GrpcServer
 from cluster.front_door.http.app import build_app
@@ -78,6 +79,8 @@ class FrontDoorServer:
         metrics = FrontDoorMetrics(card.name, loop)
         metrics.watch(self.links)
         metrics.register(self.registry)
+        self.experts = ExpertMetrics(card.name)
+        self.registry.register(self.experts)
         self.desk = Desk(
             card=card,
             codec=codec,

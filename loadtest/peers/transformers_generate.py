@@ -15,6 +15,7 @@ import asyncio
 import random
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from loadtest.peers.others import OtherCpu
 from loadtest.peers.server import DEFAULT_MODEL, serving
 from loadtest.workload import TokenPrompts, Work
 
-__all__ = ["Task", "measure"]
+__all__ = ["TASKS", "Task", "measure"]
 
 # After a turn, worker threads of either side may still spin for work that does not come; let them fall asleep.
 _SETTLE_S = 0.5
@@ -114,11 +115,11 @@ async def _run_served(door: GrpcDoor, task: Task, prompts: list[tuple[int, ...]]
     return max(record.end_s for record in records) - min(record.intended_s for record in records)
 
 
-def measure(address: str, folder: Path, rounds: int) -> Findings:
+def measure(address: str, folder: Path, rounds: int, tasks: Sequence[Task] = TASKS) -> Findings:
     """Rounds of server, then transformers, for each task in turn; a round before them warms both up."""
     rng = random.Random(0)
-    ours: dict[str, list[float]] = {task.what: [] for task in TASKS}
-    peers: dict[str, list[float]] = {task.what: [] for task in TASKS}
+    ours: dict[str, list[float]] = {task.what: [] for task in tasks}
+    peers: dict[str, list[float]] = {task.what: [] for task in tasks}
     shares = [0.0]
     with asyncio.Runner() as runner:
         door = runner.run(_open(address))
@@ -126,7 +127,7 @@ def measure(address: str, folder: Path, rounds: int) -> Findings:
         _check(facts, folder)
         peer = _Transformers(folder, facts.dtype)
         for number in range(rounds + 1):
-            for task in TASKS:
+            for task in tasks:
                 prompts = task.prompts(facts.vocab_size, rng)
                 time.sleep(_SETTLE_S)
                 served_s = runner.run(_run_served(door, task, prompts))
@@ -142,7 +143,7 @@ def measure(address: str, folder: Path, rounds: int) -> Findings:
                     peers[task.what].append(task.counted / peer_s)
                     shares.append(share)
         runner.run(door.aclose())
-    return _findings(facts, folder, ours, peers, max(shares))
+    return _findings(facts, tasks, ours, peers, max(shares))
 
 
 async def _open(address: str) -> GrpcDoor:
@@ -157,7 +158,11 @@ def _check(facts: ModelFacts, folder: Path) -> None:
 
 
 def _findings(
-    facts: ModelFacts, folder: Path, ours: dict[str, list[float]], peers: dict[str, list[float]], share: float
+    facts: ModelFacts,
+    tasks: Sequence[Task],
+    ours: dict[str, list[float]],
+    peers: dict[str, list[float]],
+    share: float,
 ) -> Findings:
     figures = tuple(
         Figure(
@@ -167,7 +172,7 @@ def _findings(
             peers=tuple(peers[task.what]),
             goal=task.floor,
         )
-        for task in TASKS
+        for task in tasks
     )
     return Findings(
         title="Served through the gRPC door, against transformers' generate",

@@ -1,8 +1,9 @@
 """A runner against transformers' `generate` (workers/kernels/README.md): `python -m tests.integration.measure_runner`.
 
-A model of SmolLM2-135M's shape with random weights in bf16; greedy, nothing stops early. The two take turns in one
-process, and the best turn of each counts. With one thread (the default) it is processor time that is compared, so that
-other work on the machine hardly shows; `--threads 2` compares elapsed time and wants an idle machine.
+A model of SmolLM2-135M's shape, or with `--shape v3-0.7b` a mixture of experts, with random weights in bf16; greedy,
+nothing stops early. The two take turns in one process, and the best turn of each counts. With one thread (the default)
+it is processor time that is compared, so that other work on the machine hardly shows; `--threads 2` compares elapsed
+time and wants an idle machine.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from workers.assemble import assemble
 from workers.parallel.collectives import SingleRank
 from workers.parallel.plan import ParallelPlan
 from workers.runner import Runner
-from workers.weights.random_checkpoint import random_checkpoint
+from workers.weights.random_checkpoint import SHAPES, random_checkpoint
 
 BLOCK_SIZE, TURNS = 16, 3
 # name, sequences, prompt tokens, tokens generated of each
@@ -31,7 +32,7 @@ Clock = Callable[[], float]
 
 
 def _prompts(count: int, length: int) -> list[list[int]]:
-    ids = torch.randint(3, 49000, (count, length), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(3, 32000, (count, length), generator=torch.Generator().manual_seed(1))
     return [[int(token_id) for token_id in row] for row in ids]
 
 
@@ -77,12 +78,14 @@ def _theirs(model: object, clock: Clock, count: int, prompt: int, output: int) -
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=1)
-    threads = parser.parse_args().threads
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="of random_checkpoint's")
+    options = parser.parse_args()
+    threads = options.threads
     torch.set_num_threads(threads)
     clock = time.thread_time if threads == 1 else time.perf_counter
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        random_checkpoint(folder, SHAPE, dtype="bfloat16")
+        random_checkpoint(folder, SHAPES[options.shape] if options.shape else SHAPE, dtype="bfloat16")
         settings = settings_for(
             folder,
             dtype="bfloat16",

@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(model: Path, tmp_path: Path) -> Iterator[StartEngine]:
     engines: list[Engine] = []
 
-    def start_engine(**plan: int) -> Engine:
+    def start_engine(collectives: str = "auto", **plan: int) -> Engine:
         fields: dict[str, Any] = {
             "engine": "e0",
             "model_name": "tiny",
@@ -52,6 +52,7 @@ def start(model: Path, tmp_path: Path) -> Iterator[StartEngine]:
             "max_batch_tokens": 64,
             "cache_bytes": 1 << 22,
             "step_timeout_s": STEP_TIMEOUT_S,
+            "collectives": collectives,
         }
         folder = tmp_path / str(len(engines))
         folder.mkdir()
@@ -146,6 +147,17 @@ async def test_experts_move_while_tokens_stream(start: StartEngine, plan: dict[s
         assert loads["epoch"] == epoch
         assert loads["slots"] == [placements[layer] for layer in EXPERT_LAYERS]
     engine.stop()
+
+
+async def test_a_process_group_gives_what_memory_gives(start: StartEngine) -> None:
+    """The same bits, whatever carries the rows: drawn tokens would tell."""
+    found = []
+    for collectives, kind in (("auto", "shared memory"), ("gloo", "gloo")):
+        engine = start(data=2, collectives=collectives)
+        found.append(await _generate(engine.start(), 64))
+        assert {rank.call("status")["dispatch"] for rank in engine.ranks} == {f"all-to-all over {kind}"}
+        engine.stop()
+    assert found[0] == found[1]
 
 
 async def test_experts_do_not_move_before_all_ranks_are_ready(start: StartEngine) -> None:

@@ -1,6 +1,6 @@
 """Expert dispatch over the ranks of a stage: rows travel to their experts and back, with exact counts.
 
-Nothing is padded and nothing is dropped. Three exchanges a layer: how many rows for which slot, the rows, and the
+Nothing is padded and nothing is dropped. Two exchanges a layer: the rows, with how many are for which slot, and the
 experts' outputs back. See `dispatch.py` for the seam and the shape suffixes.
 """
 
@@ -84,10 +84,9 @@ class AllToAllDispatch:
         physical = self._place(routing.expert_ids).flatten()
         order, counts = group_by_expert(physical, size * slots)
         counts = counts.view(size, slots)
-        arrived = self._exchange.counts(counts)
-        sent, received = counts.sum(dim=1).tolist(), arrived.sum(dim=1).tolist()
         rows = x_TD.index_select(0, order // routing.expert_ids.shape[1])
-        rows = self._exchange.rows(rows, sent, received)
+        rows, arrived = self._exchange.counted_rows(rows, counts)
+        sent, received = counts.sum(dim=1).tolist(), arrived.sum(dim=1).tolist()
         # What arrives is sorted by (rank, slot); the experts want it by (slot, rank).
         slot_of_row = self._slot_of_count.repeat_interleave(arrived.flatten())
         arrival, per_slot = group_by_expert(slot_of_row, slots)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,7 +21,8 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from workers.parallel import native, shm
 from workers.parallel.collectives import Collectives, ProcessGroupCollectives, SharedMemoryCollectives, SingleRank
-from workers.parallel.exchange import Exchange, ProcessGroupExchange
+from workers.parallel.exchange import Exchange
+from workers.parallel.exchange_choice import join_exchange
 from workers.settings import EngineSettings
 
 __all__ = ["Groups", "HostedStore", "host_store"]
@@ -89,11 +91,26 @@ class Groups:
             raise ValueError(f"collectives: shm is not possible: {obstacle}")
         _initialise(settings, rank, shared, use_shared_memory=obstacle is None)
         tensor = SingleRank() if plan.tensor == 1 else _tensor_collectives(settings, rank, obstacle)
-        expert = _expert_exchange(settings, rank) if spread_experts else None
+        expert = None
+        if spread_experts:
+            members = range(plan.num_ranks)
+            expert = join_exchange(
+                settings,
+                rank,
+                members,
+                hosts,
+                shared,
+                group=_expert_group(settings, members),
+                generation=generation,
+                join_timeout_s=timeout_s,
+                step_timeout_s=settings.step_timeout_s,
+            )
         return cls(generation, tensor, expert, joined=True)
 
     def close(self) -> None:
         """Leaves the groups; a new generation may follow in this process."""
+        if self.expert is not None:
+            self.expert.close()
         if self.joined and distributed.is_initialized():
             from deepspeed import comm
 
@@ -172,12 +189,10 @@ def _initialise(settings: EngineSettings, rank: int, shared: Any, *, use_shared_
         shm.unlink(rank)
 
 
-def _expert_exchange(settings: EngineSettings, rank: int) -> Exchange:
-    """All ranks, with the step timeout."""
+def _expert_group(settings: EngineSettings, members: Sequence[int]) -> Any:
+    """With the step timeout."""
     backend = "nccl" if settings.device == "cuda" else "gloo"
-    size = settings.plan.num_ranks
-    group = distributed.new_group(list(range(size)), timedelta(seconds=settings.step_timeout_s), backend)
-    return ProcessGroupExchange(index=rank, size=size, group=group, kind=backend)
+    return distributed.new_group(list(members), timedelta(seconds=settings.step_timeout_s), backend)
 
 
 def _tensor_collectives(settings: EngineSettings, rank: int, obstacle: str | None) -> Collectives:

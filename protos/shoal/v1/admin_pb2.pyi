@@ -141,6 +141,7 @@ class EngineStatus(_message.Message):
     LOAD_S_FIELD_NUMBER: _builtins.int
     EXPERT_IMBALANCE_FIELD_NUMBER: _builtins.int
     EXPERT_EPOCH_FIELD_NUMBER: _builtins.int
+    DISPATCH_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
@@ -161,6 +162,8 @@ class EngineStatus(_message.Message):
     """a step's wait for the most loaded ranks over that for even ones; 0: no experts to move"""
     expert_epoch: _builtins.int
     """how often experts have moved"""
+    dispatch: _builtins.str
+    """such as "all-to-all over shared memory"; empty for a model without experts"""
     version: _builtins.str
     weight: _builtins.float
     """the share of requests that its version gets"""
@@ -188,6 +191,7 @@ class EngineStatus(_message.Message):
         load_s: _builtins.float = ...,
         expert_imbalance: _builtins.float = ...,
         expert_epoch: _builtins.int = ...,
+        dispatch: _builtins.str = ...,
         version: _builtins.str = ...,
         weight: _builtins.float = ...,
         draining: _builtins.bool = ...,
@@ -196,7 +200,7 @@ class EngineStatus(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collectives", b"collectives", "dp_groups", b"dp_groups", "draining", b"draining", "dtype", b"dtype", "expert_epoch", b"expert_epoch", "expert_imbalance", b"expert_imbalance", "generation", b"generation", "kernels", b"kernels", "leader_node", b"leader_node", "leader_pid", b"leader_pid", "load_s", b"load_s", "name", b"name", "plan", b"plan", "quantization", b"quantization", "ranks", b"ranks", "state", b"state", "version", b"version", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collectives", b"collectives", "dispatch", b"dispatch", "dp_groups", b"dp_groups", "draining", b"draining", "dtype", b"dtype", "expert_epoch", b"expert_epoch", "expert_imbalance", b"expert_imbalance", "generation", b"generation", "kernels", b"kernels", "leader_node", b"leader_node", "leader_pid", b"leader_pid", "load_s", b"load_s", "name", b"name", "plan", b"plan", "quantization", b"quantization", "ranks", b"ranks", "state", b"state", "version", b"version", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

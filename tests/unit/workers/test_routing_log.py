@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,19 @@ def test_every_complete_step_is_kept(tmp_path: Path) -> None:
     recording = read_recording(tmp_path / "new")
     assert recording.layers == (2, 5)
     assert sum(recording.parts).tolist() == expected.tolist()  # type: ignore[union-attr]
+
+
+def test_a_quiet_rank_writes_what_it_has(tmp_path: Path) -> None:
+    """So that little is lost with it."""
+    log = RoutingLog(tmp_path, "r0", generation=1, layers=(0,), num_experts=300, write_every_s=0.01)
+    log.record(0, _routing(3))
+    deadline_s = time.monotonic() + 10
+    while not list(tmp_path.glob("*.npz")):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    assert read_recording(tmp_path).num_choices == 9
+    log.close()
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_full_disk_ends_the_recording_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -37,13 +37,20 @@ class ThreadExchange:
         self.size = table.size
         self.index = index
 
-    def counts(self, counts: torch.Tensor) -> torch.Tensor:
-        return torch.stack(self._table.exchange(self.index, list(counts)))
+    def counted_rows(self, x: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        arrived = torch.stack(self._table.exchange(self.index, list(counts)))
+        return self.rows(x, counts.sum(dim=1).tolist(), arrived.sum(dim=1).tolist()), arrived
 
     def rows(self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
         received = self._table.exchange(self.index, torch.split(x, list(send)))
         assert [len(part) for part in received] == list(receive)
         return torch.cat(received)
+
+    def hang_up(self) -> None:
+        self._table.barrier.abort()
+
+    def close(self) -> None:
+        pass
 
 
 def on_threads(ranks: int, work: Callable[[int], T]) -> list[T]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
 from scheduler.experts import ExpertPlacement, balanced, contiguous
+from tests.unit.workers.parallel.host_exchanges import host_exchanges
 from tests.unit.workers.thread_exchange import Table, ThreadExchange, on_threads
 from workers.parallel.all_to_all import AllToAllDispatch
 from workers.parallel.dispatch import ExpertRows, LocalDispatch, Routing
@@ -33,6 +36,13 @@ def _routing(num_tokens: int, generator: torch.Generator) -> Routing:
     return Routing(ids, torch.rand(num_tokens, TOP_K, generator=generator))
 
 
+@contextmanager
+def _thread_exchanges(ranks: int) -> Iterator[list[ThreadExchange]]:
+    table = Table(ranks)
+    yield [ThreadExchange(table, rank) for rank in range(ranks)]
+
+
+EXCHANGES: dict[str, Callable[[int], Any]] = {"threads": _thread_exchanges, "shared memory": host_exchanges}
 PLACEMENTS = {
     "two neighbours": contiguous(EXPERTS, 2),
     "four neighbours": contiguous(EXPERTS, 4),
@@ -44,21 +54,25 @@ PLACEMENTS = {
 
 @pytest.mark.parametrize("name", PLACEMENTS)
 @pytest.mark.parametrize("tokens", [(5, 0, 3, 1, 2), (0, 0, 0, 0, 0), (40, 17, 1, 9, 0)])
-def test_the_bits_are_those_of_one_rank(name: str, tokens: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("kind", EXCHANGES)
+def test_the_bits_are_those_of_one_rank(name: str, tokens: tuple[int, ...], kind: str) -> None:
     placement: ExpertPlacement = PLACEMENTS[name]
     ranks = placement.num_ranks
     generator = torch.Generator().manual_seed(7)
     weights = torch.randn(EXPERTS, HIDDEN, HIDDEN, generator=generator)
     xs = [torch.randn(tokens[rank], HIDDEN, generator=generator) for rank in range(ranks)]
     routings = [_routing(tokens[rank], generator) for rank in range(ranks)]
-    table = Table(ranks)
 
-    def work(rank: int) -> torch.Tensor:
-        seam = AllToAllDispatch(ThreadExchange(table, rank), placement)
-        rows, handle = seam.dispatch(xs[rank], routings[rank])
-        return seam.combine(_experts(rows, placement.slots[rank], weights), handle)
+    with EXCHANGES[kind](ranks) as exchanges:
 
-    for rank, found in enumerate(on_threads(ranks, work)):
+        def work(rank: int) -> torch.Tensor:
+            seam = AllToAllDispatch(exchanges[rank], placement)
+            rows, handle = seam.dispatch(xs[rank], routings[rank])
+            return seam.combine(_experts(rows, placement.slots[rank], weights), handle)
+
+        combined = on_threads(ranks, work)
+
+    for rank, found in enumerate(combined):
         alone = LocalDispatch(EXPERTS)
         rows, handle = alone.dispatch(xs[rank], routings[rank])
         expected = alone.combine(_experts(rows, range(EXPERTS), weights), handle)

@@ -1,0 +1,162 @@
+"""The expert exchange between ranks of one host: rows through shared memory, counts with the first of them.
+
+One message each way and pair, where a process group needs a collective for the counts and one for the rows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import select
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from workers.parallel.host_link import PIECE_BYTES, Link
+
+__all__ = ["HostExchange"]
+
+# A rank that waits looks again and again for so long, giving its core to whoever wants it, before it sleeps: waking
+# takes tens of microseconds, and the ranks of a stage mostly arrive within less.
+_SPIN_S = 50e-6
+
+
+class HostExchange:
+    """See `Exchange`; `links` are to the other ranks of the axis, by index there.
+
+    A rank from which nothing comes for `timeout_s` in the midst of an exchange counts as lost.
+    """
+
+    kind = "shared memory"
+
+    def __init__(self, index: int, links: Mapping[int, Link], timeout_s: float) -> None:
+        self.index = index
+        self.size = len(links) + 1
+        self._links = links
+        self._timeout_s = timeout_s
+        self._poll = select.poll()
+        self._watched = {link.fileno(): link for link in links.values()}
+        for descriptor in self._watched:
+            self._poll.register(descriptor, select.POLLIN)
+
+    def counted_rows(self, x: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        arrived = counts.numpy().copy()
+        parts = _parts(x, counts.sum(dim=1).tolist())
+        transfers = {peer: _Transfer(link, parts[peer], arrived[peer].tobytes()) for peer, link in self._links.items()}
+        self._run(transfers.values(), _Transfer.hear)
+        for peer, transfer in transfers.items():
+            arrived[peer] = np.frombuffer(transfer.head, np.int64)
+        rows = self._fetch(x, parts[self.index], transfers, arrived.sum(axis=1).tolist())
+        return rows, torch.from_numpy(arrived)
+
+    def rows(self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
+        parts = _parts(x, send)
+        transfers = {peer: _Transfer(link, parts[peer]) for peer, link in self._links.items()}
+        return self._fetch(x, parts[self.index], transfers, receive)
+
+    def hang_up(self) -> None:
+        for link in self._links.values():
+            link.hang_up()
+
+    def close(self) -> None:
+        for link in self._links.values():
+            link.close()
+
+    def _fetch(
+        self, x: torch.Tensor, own: torch.Tensor, transfers: Mapping[int, _Transfer], receive: Sequence[int]
+    ) -> torch.Tensor:
+        """What all ranks send to this one, `receive` rows each; `own` is its part for itself."""
+        received = x.new_empty(sum(receive), x.shape[1])
+        into = _parts(received, receive)
+        into[self.index].copy_(own)
+        for peer, transfer in transfers.items():
+            transfer.into = into[peer]
+        self._run(transfers.values(), _Transfer.go)
+        return received
+
+    def _run(self, transfers: Iterable[_Transfer], advance: Callable[[_Transfer], bool]) -> None:
+        """Until `advance` has said of each transfer that it is done."""
+        busy = list(transfers)
+        while busy := [transfer for transfer in busy if not advance(transfer)]:
+            self._wait({transfer.link for transfer in busy})
+
+    def _wait(self, links: set[Link]) -> None:
+        """Until a message has come over one of these links. Raises RuntimeError where one of them has ended."""
+        started_s = time.monotonic()
+        pause_ms = 0
+        while True:
+            heard = False
+            for descriptor, _ in self._poll.poll(pause_ms):
+                link = self._watched[descriptor]
+                link.read()
+                heard |= link in links
+                if link.gone:
+                    self._poll.unregister(descriptor)  # else it would end every pause
+            for link in links:
+                if link.gone:
+                    raise RuntimeError(f"rank {link.rank} has gone")
+            if heard:
+                return
+            waited_s = time.monotonic() - started_s
+            if waited_s >= self._timeout_s:
+                silent = sorted(link.rank for link in links)
+                raise RuntimeError(f"nothing from ranks {silent} for {self._timeout_s:g} s")
+            if waited_s < _SPIN_S:
+                os.sched_yield()
+            else:
+                pause_ms = math.ceil(1000 * (self._timeout_s - waited_s))
+
+
+class _Transfer:
+    """What goes to a peer and comes from it in one exchange: at least one piece each way, if an empty one."""
+
+    __slots__ = ("_came", "_head", "_heard", "_out", "_sent", "_started", "head", "into", "link")
+
+    def __init__(self, link: Link, out: torch.Tensor, head: bytes = b"") -> None:
+        self.link = link
+        self.into = out[:0]
+        self.head = b""  # the peer's, once `hear` says so
+        self._head = head
+        self._out = out
+        self._started = self._heard = False
+        self._sent = self._came = 0
+
+    def hear(self) -> bool:
+        """Sends the first piece; whether the peer's first one has come and is waiting."""
+        self._send()
+        if not self._started or not self.link.readable:
+            return False
+        self.head = self.link.head
+        return True
+
+    def go(self) -> bool:
+        """Sends and takes what it can; whether all has been sent, and `into` is full."""
+        self._send()
+        while self.link.readable and not self._complete:
+            size, left = self.link.take(self.into[self._came :])
+            self._heard = True
+            self._came += size
+            if self._came + left != len(self.into):
+                raise RuntimeError(
+                    f"rank {self.link.rank} sends {self._came + left} bytes where {len(self.into)} are due"
+                )
+        return self._started and self._sent == len(self._out) and self._complete
+
+    @property
+    def _complete(self) -> bool:
+        return self._heard and self._came == len(self.into)
+
+    def _send(self) -> None:
+        while self.link.has_room and not (self._started and self._sent == len(self._out)):
+            piece = self._out[self._sent : self._sent + PIECE_BYTES]
+            self._sent += len(piece)
+            self.link.put(piece, len(self._out) - self._sent, b"" if self._started else self._head)
+            self._started = True
+
+
+def _parts(x: torch.Tensor, counts: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """The bytes of x [sum(counts), D], cut by rows."""
+    width = x.shape[1] * x.element_size()
+    return torch.split(x.contiguous().view(torch.uint8).flatten(), [count * width for count in counts])
