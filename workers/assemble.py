@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from workers.kernels.select import select_kernels
 from workers.memory import free_bytes
 from workers.model.build import build_decoder
 from workers.model.config import ModelConfig, read_config
-from workers.model.decoder import Decoder
+from workers.model.other_config import NOTICE
 from workers.model.sharding import Shard, check_plan, place_experts, shard_parameters
 from workers.parallel.all_to_all import AllToAllDispatch
 from workers.parallel.collectives import Collectives
@@ -25,7 +26,7 @@ from workers.parallel.dispatch import Dispatch, LocalDispatch, ShareDispatch
 from workers.parallel.exchange import Exchange
 from workers.parallel.plan import RankPlace
 from workers.relocation import Relocation
-from workers.runner import Report, Runner
+from workers.runner import Model, Report, Runner
 from workers.settings import EngineSettings
 from workers.weights.disk import measure
 from workers.weights.experts import ExpertReader
@@ -60,6 +61,8 @@ def assemble(
     folder = Path(settings.model_path)
     config = read_config(folder)
     _check_settings(settings, config)
+    if not config.native:
+        return _adopt(settings, config, tensor, progress, started_s)
     dtype, device = _DTYPES[settings.dtype], torch.device(settings.device)
     kernels = select_kernels(device, dtype, deterministic=settings.deterministic)
     index = read_index(folder)
@@ -118,6 +121,44 @@ def assemble(
     return Runner(decoder, cache, model_config=config, report=report, experts=experts, dtype=dtype, device=device)
 
 
+def _adopt(
+    settings: EngineSettings,
+    config: ModelConfig,
+    tensor: Collectives,
+    progress: Progress | None,
+    started_s: float,
+) -> Runner:
+    """A model that we have no code for, through transformers. Each rank reads it whole before it keeps its part."""
+    from workers.autotp.load import load_adopted  # imports transformers: seconds, for those who need it
+
+    dtype, device, folder = _DTYPES[settings.dtype], torch.device(settings.device), Path(settings.model_path)
+    entries = read_index(folder).values()
+    total = sum(entry.size_bytes for entry in entries)
+    whole = sum(math.prod(entry.shape) * dtype.itemsize for entry in entries)
+    _check_weights_fit(settings, whole, torch.device("cpu") if tensor.size > 1 else device)
+    if progress is not None:
+        progress(0, total)
+    adopted = load_adopted(folder, config, tensor, max_model_len=settings.max_model_len, dtype=dtype, device=device)
+    if progress is not None:
+        progress(total, total)
+    cache = _cache(settings, adopted.model, adopted.weight_bytes, tensor, dtype, device)
+    report = Report(
+        architecture=config.architecture,
+        dtype=settings.dtype,
+        device=str(device),
+        kernels=adopted.description,
+        collectives=tensor.kind,
+        dispatch="",
+        weight_bytes=adopted.weight_bytes,
+        cache_bytes=cache.num_blocks * cache.block_size * sum(adopted.model.cache_rows) * dtype.itemsize,
+        num_blocks=cache.num_blocks,
+        block_size=cache.block_size,
+        bytes_read=total,
+        load_s=time.monotonic() - started_s,
+    )
+    return Runner(adopted.model, cache, model_config=config, report=report, dtype=dtype, device=device)
+
+
 def _log_speed(index: Mapping[str, TensorEntry], bytes_read: int, seconds: float) -> None:
     """Beside the disk's own speed; reading, converting and packing are in ours."""
     path = max((entry.path for entry in index.values()), key=lambda path: path.stat().st_size)
@@ -140,6 +181,8 @@ def _check_settings(settings: EngineSettings, config: ModelConfig) -> None:
         raise ValueError(f"inference.quantization must be one of {', '.join(Form)}, not {settings.quantization!r}")
     if settings.quantization == Form.FP8 and config.quantization is None:
         raise ValueError("inference.quantization fp8 needs a checkpoint in FP8; `shoal convert` makes one")
+    if not config.native:
+        _check_adopted(settings, config)
     if settings.deterministic and settings.plan.tensor > 2:
         raise ValueError(
             f"inference.deterministic takes parallel.tensor 1 or 2, not {settings.plan.tensor}: a sum over more ranks "
@@ -150,6 +193,16 @@ def _check_settings(settings: EngineSettings, config: ModelConfig) -> None:
             f"inference.max_model_len {settings.max_model_len} exceeds the model's {config.max_position_embeddings} "
             "positions"
         )
+
+
+def _check_adopted(settings: EngineSettings, config: ModelConfig) -> None:
+    if settings.quantization != Form.DENSE:
+        raise ValueError(
+            f"inference.quantization must be none for a {config.model_type} model, which {NOTICE}; not "
+            f"{settings.quantization}"
+        )
+    if settings.deterministic:
+        raise ValueError(f"inference.deterministic must be false for a {config.model_type} model, which {NOTICE}")
 
 
 def _shard(config: ModelConfig, place: RankPlace, settings: EngineSettings, fused_experts: bool) -> Shard:
@@ -193,7 +246,7 @@ def _check_weights_fit(settings: EngineSettings, weight_bytes: int, device: torc
 
 def _cache(
     settings: EngineSettings,
-    decoder: Decoder,
+    decoder: Model,
     weight_bytes: int,
     tensor: Collectives,
     dtype: torch.dtype,

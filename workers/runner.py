@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from workers.cache import KVCache
 from workers.inputs import StepInputs
 from workers.model.config import ModelConfig
-from workers.model.decoder import Decoder
-from workers.model.moe import RoutingRecorder
+from workers.model.moe import MoE, RoutingRecorder
 from workers.relocation import Relocation
-from workers.step import build_tensors
+from workers.step import StepTensors, build_tensors
 
-__all__ = ["Report", "Runner"]
+__all__ = ["Model", "Report", "Runner"]
+
+
+class Model(Protocol):
+    """One rank's part of a model; see `workers.model.decoder.Decoder`."""
+
+    @property
+    def mixtures(self) -> Mapping[int, MoE]: ...
+
+    @property
+    def cache_rows(self) -> list[int]: ...
+
+    def record_routing(self, recorder: RoutingRecorder | None) -> None: ...
+
+    def forward(self, step: StepTensors, cache: KVCache) -> torch.Tensor | None: ...
+
+    def keep_step(self, nothing: torch.Tensor) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +60,7 @@ class Runner:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Model,
         cache: KVCache,
         *,
         model_config: ModelConfig,

@@ -20,6 +20,7 @@ from cluster.models.folder import inspect
 from cluster.models.progress import Progress
 from cluster.security import administrators, api_keys, new_secret
 from cluster.telemetry import endpoint_of
+from workers.model.other_config import NOTICE
 
 __all__ = ["prepare"]
 
@@ -50,6 +51,7 @@ def prepare(config: Config, machine: Machine, progress: Progress) -> ClusterSpec
     except ValueError as error:
         raise ModelError(f"{folder}: {error}") from None
     ranks = settings.plan.num_ranks * cluster.engines
+    warnings = () if model.config.native else (f"a {model.config.model_type} model {NOTICE}",)
     shared = settings.device == "cpu" and ranks * settings.num_threads > machine.cores
     return ClusterSpec(
         settings=settings,
@@ -70,5 +72,7 @@ def prepare(config: Config, machine: Machine, progress: Progress) -> ClusterSpec
         drain_timeout_s=cluster.drain_timeout_s,
         log_level=config.telemetry.log_level,
         otlp_endpoint=endpoint_of(config.telemetry),
-        warnings=(f"{ranks} ranks of {settings.num_threads} threads share {machine.cores} cores",) if shared else (),
+        warnings=(*warnings, f"{ranks} ranks of {settings.num_threads} threads share {machine.cores} cores")
+        if shared
+        else warnings,
     )

@@ -52,7 +52,7 @@ def show(models_dir: Path | None) -> None:
     for column in table.columns[:-1]:
         column.no_wrap = True
     for model in registry.MODELS.values():
-        served = "yes" if model.architecture in SUPPORTED else "not yet"
+        served = "yes" if model.architecture in SUPPORTED else "slowly"
         source = model.repo_id or "package index"
         table.add_row(model.name, model.parameters, model.architecture, served, _here(model.name, folder), source)
     console = Console()

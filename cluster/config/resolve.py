@@ -12,6 +12,7 @@ from cluster.config.scheduling import resolve_overlap, scheduling_settings
 from cluster.config.schema import Config, ParallelSection
 from cluster.config.sizes import parse_share_or_size, parse_size, show_size
 from cluster.models.folder import ModelFacts
+from workers.model.other_config import require_transformers
 from workers.model.sharding import check_plan, tensor_sizes
 from workers.parallel.plan import ParallelPlan
 from workers.settings import EngineSettings, ExpertBalance
@@ -35,6 +36,8 @@ def engine_settings(config: Config, model: ModelFacts, machine: Machine, *, name
 
 def _engine_settings(config: Config, model: ModelFacts, machine: Machine, name: str, folder: Path) -> EngineSettings:
     inference, resources = config.inference, config.resources
+    if not model.config.native:
+        require_transformers(model.config.model_type)
     device = resolve_device(config, machine)
     plan = resolve_plan(config, model, machine, device)
     dtype = resolve_dtype(inference.dtype, model, machine, device)
@@ -167,6 +170,8 @@ def _check_weights_fit(model: ModelFacts, dtype: str, plan: ParallelPlan, engine
     scale = _DTYPE_BYTES[dtype] / _DTYPE_BYTES.get(model.config.dtype, 2)
     # The DP groups of an engine share one set of routed experts; what each holds beside them the ranks find out.
     copies = engines if model.config.moe is not None else plan.data * engines
+    if not model.config.native:
+        copies *= plan.tensor  # each rank reads the whole model before it keeps its part
     needed = int(model.weight_bytes * scale * copies)
     if needed > limit_bytes:
         fitting = limit_bytes // int(model.weight_bytes * scale)

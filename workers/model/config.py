@@ -1,7 +1,8 @@
 """What a checkpoint's config.json says, checked and in our words.
 
-Supported: `llama`, `qwen2`, `qwen3`, `deepseek_v2`, `deepseek_v3`, and `kimi_k2`, which is a V3. Both ways of writing
-rotary embeddings are read: `rope_theta` with `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5).
+Ours: `llama`, `qwen2`, `qwen3`, `deepseek_v2`, `deepseek_v3`, and `kimi_k2`, which is a V3. Both ways of writing rotary
+embeddings are read: `rope_theta` with `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5). Of any
+other model only the sizes are read; it runs through transformers (`workers/autotp`).
 This file needs no torch, so that configuration code may read a model's sizes cheaply.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from workers.model.fields import Fields
 from workers.model.mla_config import MLAConfig, read_mla
 from workers.model.moe_config import MoEConfig, read_moe
+from workers.model.other_config import read_other
 from workers.model.quantization import BlockQuantization, read_quantization
 
 __all__ = ["SUPPORTED", "ModelConfig", "RopeConfig", "read_config"]
@@ -55,7 +57,8 @@ class ModelConfig:
     """Sizes and switches of a decoder.
 
     With `mla` the attention is latent: `head_dim` is what of a head is rotated, and there are as many kv heads as
-    heads. `moe` says which layers have experts; `intermediate_size` is the inner width of the others.
+    heads. `moe` says which layers have experts; `intermediate_size` is the inner width of the others. A model that is
+    not `native` runs through transformers: of it the sizes and the dtype are known, and nothing else.
     """
 
     model_type: str
@@ -78,6 +81,7 @@ class ModelConfig:
     mla: MLAConfig | None = None
     moe: MoEConfig | None = None
     quantization: BlockQuantization | None = None
+    native: bool = True
 
     @property
     def architecture(self) -> str:
@@ -88,7 +92,7 @@ class ModelConfig:
 def read_config(folder: Path) -> ModelConfig:
     """Reads `folder`/config.json.
 
-    Raises ValueError naming the field at fault, or the supported architectures where it is another one.
+    Raises ValueError naming the field at fault.
     """
     path = folder / "config.json"
     try:
@@ -106,9 +110,10 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     """The checked form of a parsed config.json; see `read_config`."""
     fields = Fields(raw)
     model_type = fields.text("model_type", "")
+    if not model_type:
+        raise ValueError("config.json: model_type is missing")
     if model_type not in SUPPORTED:
-        found = model_type or "none given"
-        raise ValueError(f"config.json: model_type {found!r} is not supported; supported: {', '.join(SUPPORTED)}")
+        return _other(fields)
     _refuse_what_is_not_built(fields)
     attention_bias = fields.flag("attention_bias", False)
     num_heads = fields.size("num_attention_heads")
@@ -151,6 +156,31 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     if config.head_dim % 2:
         raise ValueError(f"config.json: head_dim must be even, not {config.head_dim}")
     return config
+
+
+def _other(fields: Fields) -> ModelConfig:
+    """A model that we have no code for."""
+    sizes = read_other(fields)
+    return ModelConfig(
+        model_type=fields.text("model_type", ""),
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        max_position_embeddings=sizes.max_position_embeddings,
+        rms_norm_eps=1e-6,
+        rope=RopeConfig(),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        dtype=fields.text("dtype", fields.text("torch_dtype", "float32")),
+        native=False,
+    )
 
 
 def _refuse_what_is_not_built(fields: Fields) -> None:

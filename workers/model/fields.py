@@ -14,6 +14,9 @@ class Fields:
     def __init__(self, raw: Mapping[str, object]) -> None:
         self._raw = raw
 
+    def present(self, name: str) -> bool:
+        return self._raw.get(name) is not None
+
     def size(self, name: str, default: int | None = None) -> int:
         """A whole number of at least one."""
         value = self._value(name, default)

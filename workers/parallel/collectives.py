@@ -78,6 +78,11 @@ class ProcessGroupCollectives:
         self._step_group = step_group
         self._slow_group = slow_group
 
+    @property
+    def step_group(self) -> Any:
+        """The ranks of the axis, for a library that wants to know them."""
+        return self._step_group
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         self._comm.all_reduce(x, group=self._step_group)

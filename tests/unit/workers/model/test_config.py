@@ -68,8 +68,8 @@ def test_biases_by_architecture() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "'gpt2' is not supported; supported: llama"),
-        ({"model_type": None}, "model_type 'none given' is not supported"),
+        ({"model_type": "rwkv"}, "model_type 'rwkv' is not supported"),
+        ({"model_type": None}, "model_type is missing"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "576"}, "hidden_size must be a positive whole number, not '576'"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be a positive whole number"),
