@@ -67,12 +67,14 @@ def cut(model: Any, tensor: Collectives, dtype: torch.dtype) -> None:
     assert isinstance(tensor, ProcessGroupCollectives)
     import deepspeed
 
+    # It takes the size from the one and the group from the other.
+    group = {"mpu": _Unit(tensor.step_group), "tp_group": tensor.step_group}
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
             deepspeed.init_inference(
                 model,
-                tensor_parallel={"tp_size": tensor.size, "mpu": _Unit(tensor.step_group)},
+                tensor_parallel={"tp_size": tensor.size, **group},
                 dtype=dtype,
                 replace_with_kernel_inject=False,
             )

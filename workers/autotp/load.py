@@ -59,7 +59,7 @@ def load_adopted(
     if tensor.size == 1:
         model.to(device)  # otherwise only this rank's part goes there, once it is cut
     with torch.no_grad():
-        probes = _probes(model, config)
+        probes = _probes(model, config.vocab_size, max_model_len)
         model.set_attn_implementation(NAME)
         try:
             if tensor.size > 1:
@@ -154,13 +154,13 @@ def _read(folder: Path, theirs: Any, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _probes(model: Any, config: ModelConfig) -> list[Probe]:
+def _probes(model: Any, vocab_size: int, max_model_len: int) -> list[Probe]:
     """Two sequences, longer than a small window, and the logits of every token."""
     window = getattr(model.config, "sliding_window", None) or 0
-    length = min(config.max_position_embeddings, 16 + (window if window <= 64 else 0))
+    length = min(max_model_len, 16 + (window if window <= 64 else 0))
     probes = []
     for count, stride in ((length, 7919), (max(2, length - 5), 104729)):
-        token_ids = [(stride * (n + 1)) % config.vocab_size for n in range(count)]
+        token_ids = [(stride * (n + 1)) % vocab_size for n in range(count)]
         logits = model(input_ids=torch.tensor([token_ids], device=model.device), use_cache=False).logits[0]
         probes.append(Probe(tuple(token_ids), logits.float()))
     return probes

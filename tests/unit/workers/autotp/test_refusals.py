@@ -124,8 +124,10 @@ def test_longrope_within_its_first_length_only(tmp_path: Path) -> None:
     import transformers
 
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, **factors}
-    config = transformers.Phi3Config(**_PHI3, rope_parameters=rope, pad_token_id=None)
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0, **factors}
+    config = transformers.Phi3Config(
+        **_PHI3, rope_parameters=rope, original_max_position_embeddings=64, pad_token_id=None
+    )
     write_checkpoint(tmp_path, config)
     _assemble(tmp_path, max_model_len=64)
     with pytest.raises(ValueError, match=r"longrope.*64 or less works"):
