@@ -153,7 +153,7 @@ class PagedStep:
         options: Options,
     ) -> torch.Tensor:
         """Attention of q [B, H, n, D] to the rows `kept` [B, C, row], gives [B * n, H * V]."""
-        k, v = (x.unflatten(-1, (num_kv_heads, -1)).transpose(1, 2) for x in (kept[..., :split], kept[..., split:]))
+        k, v = (x.view(*x.shape[:2], num_kv_heads, -1).transpose(1, 2) for x in (kept[..., :split], kept[..., split:]))
         out = _attend(q, k, v, self._mask(part, options.window), options)
         return out.transpose(1, 2).reshape(q.shape[0] * q.shape[2], -1)
 

@@ -23,6 +23,8 @@ class AdoptedModel:
     `first` says whether this rank is at index 0 of the tensor axis. Raises ValueError for a model that cannot run so.
     """
 
+    ragged = False  # attention is torch's: it wants sequences of about one length together
+
     def __init__(self, model: Any, *, first: bool, num_layers: int, device: torch.device) -> None:
         parameters = inspect.signature(model.forward).parameters
         for name in ("position_ids", "logits_to_keep"):

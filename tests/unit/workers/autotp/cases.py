@@ -23,7 +23,14 @@ _BASE: dict[str, object] = {
     "pad_token_id": None,
 }
 _ALL_HEADS = {name: value for name, value in _BASE.items() if name != "num_key_value_heads"}
-_GPT2 = {"vocab_size": 203, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.2}
+_GPT2: dict[str, object] = {
+    "vocab_size": 203,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "initializer_range": 0.2,
+}
 
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "gpt_neox: fused projection, parallel blocks, a quarter rotated": ("GPTNeoXConfig", _ALL_HEADS),
