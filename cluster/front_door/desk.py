@@ -262,7 +262,7 @@ class Desk:
         self._prompts.close()
 
     def _new(self, call: Call) -> OpenRequest:
-        return OpenRequest(call, dispatcher=self._dispatcher, clock=self._clock)
+        return OpenRequest(call, dispatcher=self._dispatcher, clock=self._clock, min_gap_s=self.limits.min_chunk_gap_s)
 
     def _measure(self, request: OpenRequest, call: Call) -> None:
         """A reading begins."""

@@ -31,7 +31,7 @@ class OpenRequest:
     meter: RequestMeter  # both of the newest reading, which brings them
     span: RequestSpan
 
-    def __init__(self, call: Call, *, dispatcher: Dispatcher, clock: Clock) -> None:
+    def __init__(self, call: Call, *, dispatcher: Dispatcher, clock: Clock, min_gap_s: float = 0.0) -> None:
         self.call = call
         self.choices: tuple[Choice, ...] = ()
         self.cost_tokens = 0
@@ -40,6 +40,9 @@ class OpenRequest:
         self.begun = asyncio.Event()
         self._dispatcher = dispatcher
         self._clock = clock
+        self._min_gap_s = min_gap_s
+        self._next_s = clock.time()  # before which there is no next chunk
+        self._pausing = False
         self._fresh: deque[Choice] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._reader: Reader | None = None
@@ -127,16 +130,22 @@ class OpenRequest:
         while True:
             if reader is not self._reader:
                 raise Cancelled("the request was resumed by another call")
-            if self._fresh:
+            pause_s = self._next_s - self._clock.time() if self._may_pause else 0.0
+            if self._fresh and pause_s <= 0:
                 return self._take()
             if self._error is not None:
                 raise self._error
             if self.finished:
                 return None
             waiter = self._waiter = asyncio.get_running_loop().create_future()
+            self._pausing = bool(self._fresh)
+            timer = self._clock.call_later(pause_s, self._wake) if self._pausing else None
             try:
                 await waiter
             finally:
+                self._pausing = False
+                if timer is not None:
+                    timer.cancel()
                 if self._waiter is waiter:  # and not that of a reader who took over
                     self._waiter = None
 
@@ -179,7 +188,8 @@ class OpenRequest:
         if not choice.queued:
             choice.queued = True
             self._fresh.append(choice)
-        self._wake()
+        if not (self._pausing and self._may_pause):
+            self._wake()
 
     def failed(self, choice: Choice, error: Exception) -> None:
         during = f"request {self.call.request_id}"
@@ -194,8 +204,15 @@ class OpenRequest:
     def _take(self) -> Chunk:
         choice = self._fresh.popleft()
         choice.queued = False
+        if not self._fresh:
+            self._next_s = self._clock.time() + self._min_gap_s
         last = choice.finished and not self._fresh and self.finished
         return choice.output.take(self.usage if last else None)
+
+    @property
+    def _may_pause(self) -> bool:
+        """Whether more may come that the next chunk can wait for."""
+        return self._error is None and not self.finished
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

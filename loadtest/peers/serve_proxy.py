@@ -4,7 +4,8 @@
 
 Behind both stand sources whose tokens cost nothing: a DP group's stream behind ours (which the front door routes to,
 and whose tokens it turns into text), a Serve deployment that yields one message a token behind Serve's proxy (Serve
-as it comes, one replica). One client reads both, in turns, in one run. Added time to first token is what a client
+as it comes, one replica). Tokens that come faster than a message costs share one at the front door, so messages are
+counted beside them. One client reads both, in turns, in one run. Added time to first token is what a client
 measures through the front door, less what it measures on the DP group's stream itself, of prompts of 128 tokens.
 """
 

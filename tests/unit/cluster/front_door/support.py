@@ -193,7 +193,7 @@ def bench(
         codec=ByteCodec(),
         template=LineTemplate(),
         links=links,
-        limits=limits or Limits(),
+        limits=limits or Limits(min_chunk_gap_s=0.0),
         metrics=metrics,
         clock=clock,
     )
