@@ -10,6 +10,7 @@ from cluster.app.spec import ClusterSpec
 from cluster.config import Config, ConfigError
 from cluster.config.environment import cache_folder
 from cluster.config.machine import Machine
+from cluster.config.network import NetworkSettings
 from cluster.config.resolve import engine_settings
 from cluster.config.scheduling import front_door_limits, resolve_routing
 from cluster.front_door.call import SamplingOptions
@@ -70,6 +71,11 @@ def prepare(config: Config, machine: Machine, progress: Progress) -> ClusterSpec
         engines=cluster.engines,
         front_doors=cluster.front_doors,
         drain_timeout_s=cluster.drain_timeout_s,
+        start_timeout_s=cluster.start_timeout_s,
+        network=NetworkSettings(
+            interface=cluster.network.interface,
+            nccl={name: str(value) for name, value in cluster.network.nccl.items()},
+        ),
         log_level=config.telemetry.log_level,
         otlp_endpoint=endpoint_of(config.telemetry),
         warnings=(*warnings, f"{ranks} ranks of {settings.num_threads} threads share {machine.cores} cores")

@@ -9,6 +9,8 @@ from typing import Any
 
 from cluster.app.announcer import Announcer
 from cluster.app.names import APP, engine_names
+from cluster.app.patience import Patience
+from cluster.app.preflight import look_before, look_why
 from cluster.app.ray_session import RaySession
 from cluster.app.spec import ClusterSpec
 from cluster.engine.states import EngineState
@@ -48,6 +50,8 @@ class Run:
         from cluster.roster_actor import start_roster
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        if self._joined and (found := look_before(self._spec)):
+            raise StartError("the cluster cannot run this model:\n" + "\n".join(map(str, found)), explained=True)
         self._roster = start_roster(self._spec.log_level)
         serve.start(proxy_location="Disabled")
         engine = engine_deployment(self._spec).bind(self._spec)
@@ -55,13 +59,21 @@ class Run:
 
     def wait_until_ready(self) -> bool:
         """False where `stop` was set before. Raises StartError where it will never be."""
+        patience = Patience(self._spec.start_timeout_s, time.monotonic)
         while not self._stop.is_set():
             engines, front_doors = self._look()
             self._raise_problems(engines, front_doors)
             if self._all_ready(engines, front_doors):
                 return True
+            if patience.ends(report.status.state for report in engines):
+                raise self._overdue(engines, front_doors)
             self._stop.wait(_LOOK_EVERY_S)
         return False
+
+    def doors(self) -> tuple[str, ...]:
+        """The addresses of the nodes with front doors."""
+        _, front_doors = self._look()
+        return tuple(sorted({door.node for door in front_doors}))
 
     def serve(self) -> None:
         """Until `stop` is set. Raises StartError where every engine has failed for good."""
@@ -92,7 +104,7 @@ class Run:
 
     def take_down(self) -> None:
         """On a Ray that is not ours: the application, the ranks and the roster go. Ours goes as a whole."""
-        if self._session.folder is not None or self._roster is None:
+        if not self._joined or self._roster is None:
             return
         import ray
         from ray import serve
@@ -103,6 +115,24 @@ class Run:
         for engine in engine_names(self._spec.engines):
             reap_engine(engine)
         ray.kill(self._roster)
+
+    @property
+    def _joined(self) -> bool:
+        """Whether the Ray below is somebody else's, with nodes that we have not seen."""
+        return self._session.folder is None
+
+    def _overdue(self, engines: tuple[EngineReport, ...], front_doors: tuple[FrontDoorReport, ...]) -> StartError:
+        states = [f"{report.engine} is {report.status.state}" for report in engines] or ["no engine has a leader"]
+        states += [f"{len(front_doors)} of {self._spec.front_doors} front doors are there"]
+        states += [f"{report.engine}: {report.error}" for report in engines if report.error]
+        limit = f"not ready after {self._spec.start_timeout_s:g} s (cluster.start_timeout_s)"
+        return StartError(self._with_reasons(f"{limit}: {'; '.join(states)}"), explained=False)
+
+    def _with_reasons(self, message: str) -> str:
+        """The message, and below it what the doctor finds wrong with the cluster."""
+        found = look_why(self._spec)
+        nothing = "`shoal doctor` finds nothing wrong with the nodes; the leader's and the ranks' logs tell more"
+        return "\n".join([message, *(map(str, found) if found else (nothing,))])
 
     def _look(self) -> tuple[tuple[EngineReport, ...], tuple[FrontDoorReport, ...]]:
         import ray
@@ -119,7 +149,8 @@ class Run:
     def _raise_problems(self, engines: tuple[EngineReport, ...], front_doors: tuple[FrontDoorReport, ...]) -> None:
         for report in engines:
             if report.status.state == EngineState.FAILED:
-                raise StartError(report.error, explained=report.refused)
+                message = report.error if report.refused or not self._joined else self._with_reasons(report.error)
+                raise StartError(message, explained=report.refused)
         for door in front_doors:
             if door.error:
                 raise StartError(door.error, explained=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from cluster.config.network import NetworkSettings
 from cluster.front_door.limits import Limits
 from cluster.front_door.model_card import ModelCard
 from workers.settings import EngineSettings
@@ -17,8 +18,8 @@ class ClusterSpec:
 
     settings: EngineSettings
     card: ModelCard
-    secret: str
-    api_keys: dict[str, str]
+    secret: str = field(repr=False)
+    api_keys: dict[str, str] = field(repr=False)
     cors_origins: tuple[str, ...]
     rank_host: str | None  # where ranks listen for each other and for front doors; None: their nodes' addresses
     host: str
@@ -29,6 +30,8 @@ class ClusterSpec:
     engines: int
     front_doors: int
     drain_timeout_s: float
+    start_timeout_s: float
+    network: NetworkSettings = field(default_factory=NetworkSettings)
     log_level: str
     otlp_endpoint: str | None
     administrators: tuple[str, ...] = ()

@@ -111,6 +111,30 @@ def status(
     show(address, api_key, as_json=as_json)
 
 
+@app.command()
+def doctor(
+    config: ConfigOption = None,
+    model_path: Annotated[
+        str | None, typer.Option(help="A model that every node must have, whole.", show_default=False)
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster, every node of it; else this machine.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+    links: Annotated[bool, typer.Option(help="Measure between every two nodes.")] = True,
+    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds that a node or a link may take.")] = 30.0,
+) -> None:
+    """Look for what would keep a cluster from starting, and say how to mend it.
+
+    Exits with 0 where nothing is wrong, 1 where something is, 2 where it could not look.
+    """
+    from cluster.cli.doctor import doctor as run
+
+    options: dict[tuple[str, ...], object] = {("model", "path"): model_path, ("cluster", "address"): address}
+    given = {key: value for key, value in options.items() if value is not None}
+    run(config, given, as_script=as_json, with_links=links, timeout_s=timeout)
+
+
 @app.command("convert")
 def convert_checkpoint(
     source: Annotated[Path | None, typer.Argument(help="A model folder.", show_default=False)] = None,

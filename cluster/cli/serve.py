@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -73,14 +73,15 @@ def _serve(spec: ClusterSpec, session: RaySession | None, config: Config, cores:
     try:
         run.start()
         if run.wait_until_ready():
-            _tell_ready(announcer, spec, time.monotonic() - started_s)
+            _tell_ready(announcer, spec, time.monotonic() - started_s, run.doors() if spec.rank_host is None else ())
             run.serve()
         announcer.line("draining")
         run.drain()
         code = 0
     except StartError as error:
         announcer.close()
-        print(f"shoal: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"shoal: {line}", file=sys.stderr)
         code, keep_logs = FAILURE, not error.explained
     finally:
         announcer.close()
@@ -109,9 +110,14 @@ def _follow_signals(stop: threading.Event, session: RaySession) -> None:
         signal.signal(number, on_signal)
 
 
-def _tell_ready(announcer: Announcer, spec: ClusterSpec, seconds: float) -> None:
-    host = "127.0.0.1" if spec.host in ("0.0.0.0", "::", "localhost") else spec.host  # noqa: S104
+def _tell_ready(announcer: Announcer, spec: ClusterSpec, seconds: float, nodes: Sequence[str]) -> None:
+    """`nodes` are those with front doors, where that may be another machine than this one."""
+    if spec.host in ("0.0.0.0", "::"):  # noqa: S104
+        hosts = [f"[{node}]" if ":" in node else node for node in nodes] or ["127.0.0.1"]
+    else:
+        hosts = ["127.0.0.1" if spec.host == "localhost" else spec.host]
     engines = f"{spec.engines} engine{'s' * (spec.engines > 1)} of {spec.settings.plan}"
     announcer.line(f"ready after {seconds:.1f} s: {spec.card.name} in {spec.settings.dtype}, {engines}")
-    announcer.line(f"  gRPC  {host}:{spec.grpc_port}")
-    announcer.line(f"  HTTP  http://{host}:{spec.http_port}/v1")
+    for host in hosts:
+        announcer.line(f"  gRPC  {host}:{spec.grpc_port}")
+        announcer.line(f"  HTTP  http://{host}:{spec.http_port}/v1")

@@ -6,7 +6,15 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["cache_folder", "has_ray_token", "otlp_endpoint", "ray_auth_mode", "set_variables"]
+__all__ = [
+    "api_key",
+    "cache_folder",
+    "has_ray_token",
+    "otlp_endpoint",
+    "ray_auth_mode",
+    "ray_uses_token",
+    "set_variables",
+]
 
 
 def cache_folder() -> Path:
@@ -16,6 +24,11 @@ def cache_folder() -> Path:
         return Path(models_dir).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "shoal" / "models"
+
+
+def api_key() -> str | None:
+    """The clients' key, where an orchestrator hands secrets over in variables: SHOAL_API_KEY."""
+    return os.environ.get("SHOAL_API_KEY") or None
 
 
 def otlp_endpoint() -> str | None:
@@ -34,6 +47,12 @@ def has_ray_token() -> bool:
     if any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         return True
     return (Path.home() / ".ray" / "auth_token").is_file()
+
+
+def ray_uses_token() -> bool:
+    """Whether the Ray that this process would speak to demands a token; Ray asks for one as soon as it finds one."""
+    mode = ray_auth_mode()
+    return mode == "token" if mode else has_ray_token()
 
 
 def set_variables(values: Mapping[str, str]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
+from pydantic import StringConstraints
 
 __all__ = [
     "ChaosSection",
@@ -18,6 +19,7 @@ __all__ = [
     "FairnessSection",
     "InferenceSection",
     "ModelSection",
+    "NetworkSection",
     "ParallelSection",
     "ResourcesSection",
     "SchedulingSection",
@@ -181,8 +183,21 @@ class TelemetrySection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkSection:
+    """Where ranks speak to each other. `interface` must be on every node; `nccl` holds NCCL's own variables, such as
+    NCCL_IB_HCA, for every rank."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
+    interface: str | None = None
+    nccl: dict[Annotated[str, StringConstraints(pattern="^NCCL_[A-Z0-9_]+$")], str | int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterSection:
-    """How many of what, and where. `address` is a running Ray cluster's; without one a local Ray is started."""
+    """How many of what, and where. `address` is a running Ray cluster's; without one a local Ray is started.
+
+    `start_timeout_s` bounds a start without the time for loading, which `inference.load_timeout_s` bounds.
+    """
 
     __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
     engines: AtLeastOne = 1
@@ -193,6 +208,8 @@ class ClusterSection:
     http_port: Port = 8000
     drain_timeout_s: Seconds = 30.0
     resume_window_s: Seconds = 60.0
+    start_timeout_s: Seconds = 180.0
+    network: NetworkSection = field(default_factory=NetworkSection)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

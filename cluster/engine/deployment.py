@@ -14,6 +14,7 @@ from ray import serve
 from cluster import logs
 from cluster.app.names import engine_names
 from cluster.app.spec import ClusterSpec
+from cluster.config.network import rank_address
 from cluster.engine.leader import Leader, StoreHost
 from cluster.engine.placement import RayRanks
 from cluster.engine.states import EngineState
@@ -61,13 +62,21 @@ class Engine:
         self._leader = Leader(
             settings,
             RayRanks(claim.engine, self._spec),
-            _host_store,
+            self._host_store,
             self._changed.set,
             generation=claim.generation,
         )
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._leader.run(), name="run")
             tasks.create_task(self._report(self._leader, claim.engine), name="report")
+
+    def _host_store(self, first_rank_host: str) -> StoreHost:
+        """On this leader's node, which need not be the first rank's."""
+        from workers.parallel.groups import host_store  # brings torch, which an engine of one rank does not need here
+
+        del first_rank_host
+        spec = self._spec
+        return host_store(spec.rank_host or rank_address(spec.network, ray.util.get_node_ip_address()))
 
     async def _claim(self) -> Claim:
         while True:
@@ -101,12 +110,6 @@ class Engine:
                     await self._changed.wait()
             except TimeoutError:
                 continue
-
-
-def _host_store(host: str) -> StoreHost:
-    from workers.parallel.groups import host_store  # brings torch, which an engine of one rank does not need here
-
-    return host_store(host)
 
 
 def engine_deployment(spec: ClusterSpec) -> Any:

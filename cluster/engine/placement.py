@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.app.names import NAMESPACE, placement_name, rank_name
 from cluster.app.reap import placement_groups_of, rank_names_of, reap_engine
 from cluster.app.spec import ClusterSpec
+from cluster.engine.bundles import Bundles, bundle_ranks
 from cluster.engine.rank_actor import RankActor
 from cluster.engine.ranks import ExpertPlaces, Rank, RankLost, RankRefused
 from workers.report import ExpertLoads, RankAddress, RankStatus
@@ -50,12 +51,14 @@ class RayRanks:
 
     async def place(self) -> Sequence[Rank]:
         plan = self._settings.plan
-        bundle = {"GPU": 1} if self._settings.device == "cuda" else {"CPU": self._settings.num_threads}
+        bundles = bundle_ranks(self._settings, _largest_node("GPU" if self._settings.device == "cuda" else "CPU"))
+        if bundles.ranks < plan.tensor:
+            log.warning("%s: no node has room for %d tensor-parallel ranks: they are spread", self._engine, plan.tensor)
         group = placement_group(
-            [bundle] * plan.num_ranks, strategy="PACK", name=placement_name(self._engine), lifetime="detached"
+            [bundles.bundle] * bundles.count, strategy="PACK", name=placement_name(self._engine), lifetime="detached"
         )
-        await self._wait_for(group, bundle)
-        return [self._start(rank, group, bundle) for rank in range(plan.num_ranks)]
+        await self._wait_for(group, bundles)
+        return [self._start(rank, group, bundles) for rank in range(plan.num_ranks)]
 
     async def clear(self) -> None:
         await asyncio.to_thread(self._clear)
@@ -72,27 +75,28 @@ class RayRanks:
     def _remains(self) -> bool:
         return bool(rank_names_of(self._engine) or placement_groups_of(self._engine))
 
-    async def _wait_for(self, group: PlacementGroup, bundle: dict[str, int]) -> None:
+    async def _wait_for(self, group: PlacementGroup, bundles: Bundles) -> None:
         """For as long as it takes: a node may be on its way."""
         ready = asyncio.ensure_future(group.ready())
         while not (await asyncio.wait({ready}, timeout=_PLACE_NOTE_S))[0]:
-            count = self._settings.plan.num_ranks
-            log.warning("%s waits for a cluster with room for %d x %s", self._engine, count, bundle)
+            log.warning("%s waits for a cluster with room for %s", self._engine, bundles)
         try:
             ready.result()
         except RayError as error:
             raise RankLost(f"no place for the ranks: {_first_line(error)}") from None
 
-    def _start(self, rank: int, group: PlacementGroup, bundle: dict[str, int]) -> Rank:
+    def _start(self, rank: int, group: PlacementGroup, bundles: Bundles) -> Rank:
         options = {
             "name": rank_name(self._engine, rank),
             "namespace": NAMESPACE,
             "lifetime": "detached",
             "max_restarts": 0,
             "max_concurrency": _CONCURRENCY,
-            "num_cpus": bundle.get("CPU", 0),
-            "num_gpus": bundle.get("GPU", 0),
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+            "num_cpus": bundles.each if bundles.resource == "CPU" else 0,
+            "num_gpus": bundles.each if bundles.resource == "GPU" else 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=bundles.index(rank)
+            ),
         }
         return _RayRank(rank, ray.remote(RankActor).options(**options).remote(rank, self._settings, self._spec))
 
@@ -157,6 +161,10 @@ class _RayRank:
             raise RankLost(f"rank {self._rank}: {_first_line(cause or error)}") from None
         except RayError as error:
             raise RankLost(f"rank {self._rank} cannot be reached: {_first_line(error)}") from None
+
+
+def _largest_node(resource: str) -> float:
+    return max((node["Resources"].get(resource, 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
 
 
 def _death(error: RayActorError) -> str:

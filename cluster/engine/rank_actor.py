@@ -11,6 +11,7 @@ import ray
 from cluster import logs, telemetry
 from cluster.app.spec import ClusterSpec
 from cluster.config.environment import set_variables
+from cluster.config.network import rank_address, rank_variables
 from cluster.engine.ranks import ExpertPlaces
 from workers.report import ExpertLoads, LoadReport, RankAddress, RankStatus
 from workers.settings import EngineSettings
@@ -28,11 +29,11 @@ class RankActor:
 
     def __init__(self, rank: int, settings: EngineSettings, spec: ClusterSpec) -> None:
         logs.configure(spec.log_level)
-        set_variables({"OMP_NUM_THREADS": str(settings.num_threads)})
+        set_variables({"OMP_NUM_THREADS": str(settings.num_threads), **rank_variables(spec.network)})
         attributes: dict[str, str | int] = {"shoal.engine": settings.engine, "shoal.rank": rank}
         telemetry.export_traces(spec.otlp_endpoint, "shoal-rank", attributes)
         self._arguments = (rank, settings, spec.secret.encode())
-        self._host = spec.rank_host or ray.util.get_node_ip_address()
+        self._spec = spec
         self._for_ever = threading.Event()
 
     def open(self) -> RankAddress:
@@ -43,7 +44,8 @@ class RankActor:
         from workers.rank import Rank
 
         self._rank = Rank(*self._arguments)
-        return self._rank.open(self._host)
+        host = self._spec.rank_host or rank_address(self._spec.network, ray.util.get_node_ip_address())
+        return self._rank.open(host)
 
     def join(self, generation: int, store: tuple[str, int], addresses: Sequence[RankAddress]) -> None:
         self._rank.join(generation, *store, addresses)

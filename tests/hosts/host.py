@@ -100,7 +100,8 @@ class Host:
 
     @property
     def _covered(self) -> dict[str, Path]:
-        return {"/tmp": self.folder / "tmp", str(HOME): self.folder / "home"}
+        """/tmp is last: the folders that cover the others are below it."""
+        return {str(HOME): self.folder / "home", "/tmp": self.folder / "tmp"}
 
     def boot(self, shared: Sequence[Path]) -> None:
         """Starts it, without a cable; `shared` are paths of the machine that it sees although they are in /tmp or

@@ -75,6 +75,15 @@ def test_hosts_share_neither_names_nor_folders_nor_processes(pair: tuple[Host, H
     eventually(lambda: not first.processes("sleep 1000"), "it ends with what entered for it")
 
 
+def test_folders_can_be_written_from_outside(pair: tuple[Host, Host]) -> None:
+    first, second = pair
+    first.write(".config/mark", "ours")
+    first.outside("/tmp/mark").write_text("ours, too")
+    shown = ("cat", f"{HOME}/.config/mark", "/tmp/mark")
+    assert first.run(*shown).stdout == "oursours, too"
+    assert second.run(*shown, check=False).returncode == 1
+
+
 def test_the_repository_is_there_and_runs(pair: tuple[Host, Host]) -> None:
     for host in pair:
         assert host.run(sys.executable, "-c", "import cluster; print(cluster.__file__)").stdout.startswith(str(ROOT))

@@ -1,0 +1,162 @@
+"""Every node of a Ray cluster, asked by an actor on each; a node that does not answer is a finding, never a wait."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.doctor.checks import CHECKS, Check, examine, links
+from cluster.doctor.facts import Link, NodeFacts, Wanted
+from cluster.doctor.finding import Finding, failure
+from cluster.doctor.link_process import LinkProblem
+from cluster.doctor.node_actor import NodeActor
+
+__all__ = ["examine_cluster", "rounds"]
+
+log = logging.getLogger(__name__)
+
+_CLOCK_TRIES = 3
+_SLACK_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    name: str
+    address: str
+    actor: Any
+
+
+def examine_cluster(
+    wanted: Wanted, *, checks: Sequence[Check] = CHECKS, with_links: bool = True, timeout_s: float = 30.0
+) -> tuple[Finding, ...]:
+    """Of the cluster that this process has joined. A node may take `timeout_s` to answer, and so may every link."""
+    living = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeManagerHostname"]))
+    asked = [_ask(node, name, wanted) for node, name in zip(living, _names(living), strict=True)]
+    try:
+        facts, silent = _facts(asked, timeout_s)
+        answering = [node for node in asked if node.name in facts]
+        findings = [*_lost(living), *silent, *examine([facts[node.name] for node in answering], wanted, checks)]
+        if with_links:
+            findings += links(list(_measure(answering, timeout_s)))
+    finally:
+        for node in asked:
+            ray.kill(node.actor)
+    return tuple(findings)
+
+
+def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
+    """Every pair of `count` once, in rounds in which nobody appears twice."""
+    places: list[int | None] = [*range(count), *([None] if count % 2 else [])]
+    half = len(places) // 2
+    for _ in range(len(places) - 1):
+        pairs = zip(places[:half], reversed(places[half:]), strict=True)
+        yield [(min(a, b), max(a, b)) for a, b in pairs if a is not None and b is not None]
+        places[1:] = [places[-1], *places[1:-1]]
+
+
+def _names(nodes: Sequence[dict[str, Any]]) -> list[str]:
+    """The machines' own names, with their addresses where two have the same."""
+    count = Counter(node["NodeManagerHostname"] for node in nodes)
+    return [
+        name if count[name := node["NodeManagerHostname"]] == 1 else f"{name} ({node['NodeManagerAddress']})"
+        for node in nodes
+    ]
+
+
+def _ask(node: dict[str, Any], name: str, wanted: Wanted) -> _Asked:
+    place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    actor = ray.remote(NodeActor).options(num_cpus=0, scheduling_strategy=place).remote(wanted)
+    return _Asked(name, node["NodeManagerAddress"], actor)
+
+
+def _lost(living: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+    """Nodes that were there, and no other has taken the address since."""
+    here = {node["NodeManagerAddress"] for node in living}
+    gone = {n["NodeManagerAddress"]: n["NodeManagerHostname"] for n in ray.nodes() if not n["Alive"]}
+    for address, name in gone.items():
+        if address not in here:
+            fix = f"look at the machine and its cable, then `ray start` there again ({address})"
+            yield failure("nodes", name, "Ray has lost it", fix)
+
+
+def _facts(asked: Sequence[_Asked], timeout_s: float) -> tuple[dict[str, NodeFacts], list[Finding]]:
+    answers = {node.name: node.actor.facts.remote() for node in asked}
+    give_up_s = time.monotonic() + timeout_s
+    facts: dict[str, NodeFacts] = {}
+    silent: list[Finding] = []
+    for node in asked:
+        try:
+            seen = ray.get(answers[node.name], timeout=max(0.1, give_up_s - time.monotonic()))
+            ahead_s, error_s = _clock(node.actor)
+        except (RayError, GetTimeoutError, ImportError, AttributeError) as error:
+            silent.append(_silent(node, error, timeout_s))
+        else:
+            facts[node.name] = replace(seen, name=node.name, clock_ahead_s=ahead_s, clock_error_s=error_s)
+    return facts, silent
+
+
+def _silent(node: _Asked, error: Exception, timeout_s: float) -> Finding:
+    log.info("%s (%s): %s", node.name, node.address, error)
+    if isinstance(error, GetTimeoutError):
+        fix = "look at its cable and firewall; `ray status` tells whether Ray still has it"
+        return failure("nodes", node.name, f"{node.address} does not answer in {timeout_s:g} s", fix)
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    fix = "install the same shoal there as here, then start Ray there again"
+    return failure("nodes", node.name, f"shoal does not run there: {lines[-1] if lines else error!r}", fix)
+
+
+def _clock(actor: Any) -> tuple[float, float]:
+    """How far ahead of ours, and how well that is known: of several questions the quickest counts."""
+    best = (0.0, float("inf"))
+    for _ in range(_CLOCK_TRIES):
+        asked_s = time.time()
+        theirs_s = ray.get(actor.clock.remote(), timeout=_SLACK_S)
+        half_s = (time.time() - asked_s) / 2
+        if half_s < best[1]:
+            best = (theirs_s - asked_s - half_s, half_s)
+    return best
+
+
+def _measure(asked: Sequence[_Asked], timeout_s: float) -> Iterator[Link]:
+    for pairs in rounds(len(asked)):
+        opened = [(asked[a], asked[b], asked[a].actor.open_link.remote(timeout_s)) for a, b in pairs]
+        joined = [(first, second, _join(second, port, timeout_s)) for first, second, port in opened]
+        for first, second, answer in joined:
+            yield _link(first, second, answer, timeout_s)
+            first.actor.close_link.remote()
+
+
+def _join(second: _Asked, opened: Any, timeout_s: float) -> Any:
+    """The second end's answer, or what kept the first end from opening."""
+    try:
+        host, port = ray.get(opened, timeout=timeout_s + _SLACK_S)
+    except (RayError, GetTimeoutError) as error:
+        return error
+    return second.actor.join_link.remote(host, port, timeout_s)
+
+
+def _link(first: _Asked, second: _Asked, answer: Any, timeout_s: float) -> Link:
+    try:
+        if isinstance(answer, Exception):
+            raise answer
+        kind, latency_s, bytes_per_s = ray.get(answer, timeout=timeout_s + _SLACK_S)
+    except GetTimeoutError:
+        return Link(first=first.name, second=second.name, problem=f"no handshake in {timeout_s:g} s")
+    except RayTaskError as error:
+        problem = str(error.cause) if isinstance(error.cause, LinkProblem) else _last_line(error)
+        return Link(first=first.name, second=second.name, problem=problem)
+    except RayError as error:
+        return Link(first=first.name, second=second.name, problem=_last_line(error))
+    return Link(first=first.name, second=second.name, kind=kind, latency_s=latency_s, bytes_per_s=bytes_per_s)
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
