@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from scheduler.sequence import Sequence
 __all__ = ["Backlog", "Estimate", "Forecast"]
 
 _LEAST_FINISHED = 8
+_LEAST_STEPS = 32
+_DOUBT = 2.0
 _RECENT_STEPS = 0.02
 _RECENT_ENDS = 0.1
 _RECENT_LONGEST = 0.01
@@ -54,7 +57,12 @@ class Forecast:
     @property
     def ready(self) -> bool:
         """Whether there is data enough to refuse somebody for it."""
-        return self._step_times.ready
+        return self._step_times.ready and self._step_times.num_observed >= _LEAST_STEPS
+
+    @property
+    def doubt(self) -> float:
+        """By what factor estimates may well be too long; it falls towards 1 with the steps seen."""
+        return 1.0 + _DOUBT / math.sqrt(max(1, self._step_times.num_observed))
 
     def observe_step(self, num_prefill_tokens: int) -> None:
         self._prefill_per_step += _RECENT_STEPS * (num_prefill_tokens - self._prefill_per_step)

@@ -82,10 +82,11 @@ class Gate:
             return None
         left_s = deadline_s - now_s
         needed_s = self.estimate(sequence, alone=alone).finish_s
-        if needed_s <= left_s:
+        # Who is refused by mistake loses more than who is answered late: the estimate must be beyond doubt.
+        if needed_s <= left_s * self._forecast.doubt:
             return None
         reason = f"not to be done by its deadline: about {needed_s:.3g} s are needed, {left_s:.3g} s are left"
-        possible = self.estimate(sequence, alone=True).finish_s <= left_s
+        possible = self.estimate(sequence, alone=True).finish_s <= left_s * self._forecast.doubt
         return Refusal(reason, needed_s - left_s if possible else None)
 
     def estimate(self, sequence: Sequence, *, alone: bool = False) -> Estimate:

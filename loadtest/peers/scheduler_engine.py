@@ -72,7 +72,7 @@ async def _ask(
     times_s = [] if times_s is None else times_s
     token_ids: list[int] = []
     usage = pb.Usage()
-    async for chunk in stub.Generate(request, timeout=600.0):
+    async for chunk in stub.Generate(request):
         if chunk.token_ids:
             times_s.append(time.perf_counter())
             token_ids.extend(chunk.token_ids)

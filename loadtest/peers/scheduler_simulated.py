@@ -35,13 +35,11 @@ def findings_of(cost: Tables, tables: Tables) -> Findings:
         )
         for size, found in cost.items()
     ]
-    figures.append(
-        Figure(
-            what="the same, 1,024 running, between tenants",
-            unit="ms",
-            ours=(cost["1024"]["tenants"]["median_ms"],),
-        )
-    )
+    growth = cost["1024"]["plain"]["median_ms"] / cost["64"]["plain"]["median_ms"] / (1024 / 64)
+    figures += [
+        Figure(what="the same of 1,024, between tenants", unit="ms", ours=(cost["1024"]["tenants"]["median_ms"],)),
+        Figure(what="growth from 64 to 1,024 over that of the number", unit="1 is linear", ours=(growth,)),
+    ]
     tenants, deadlines = _Table(tables["tenants"]), _Table(tables["deadlines"])
     prefixes, gaps = _Table(tables["prefixes"]), _Table(tables["gaps"])
     late = "deadline first, late refused"

@@ -28,9 +28,10 @@ def warm(**changes: Any) -> Bench:
     """A bench that has seen enough steps and answers to make estimates."""
     limits = {"prefix_cache": False, "refuse_late": True, "order": "deadline", "num_blocks": 512, "max_model_len": 512}
     bench = Bench(settings(**(limits | changes)))
-    bench.submit(*(request(f"warm{index}", 2 + 8 * index, max_tokens=12) for index in range(8)))
-    while bench.batcher.has_work:
-        timed_step(bench)
+    for turn in range(4):
+        bench.submit(*(request(f"warm{turn}.{index}", 2 + 8 * index, max_tokens=12) for index in range(8)))
+        while bench.batcher.has_work:
+            timed_step(bench)
     return bench
 
 
@@ -55,6 +56,14 @@ def test_what_cannot_meet_its_deadline_is_refused_with_the_estimate() -> None:
     due(bench, "b", 1.3, max_tokens=100)
     drain(bench)
     assert bench.finish("b") is FinishReason.LENGTH
+
+
+def test_a_doubtful_estimate_refuses_nobody() -> None:
+    bench = warm()
+    due(bench, "a", 1.1, max_tokens=100)
+    assert not bench.events["a"], "1.16 s are estimated, from few steps"
+    drain(bench)
+    assert bench.finish("a") is FinishReason.DEADLINE
 
 
 def test_what_is_ahead_counts_and_the_hint_is_when_it_is_gone() -> None:
