@@ -194,7 +194,8 @@ class Batcher:
             sequence.num_scheduled -= part.num_tokens
             if part.samples:
                 sequence.num_awaited -= 1
-                assert made.token_id is not None, f"{sequence.key} was to sample a token"
+                done = made.complete or made.error
+                assert made.token_id is not None or done, f"{sequence.key} was to sample a token"
             if sequence.state is ending:
                 if made.token_id is not None:
                     sequence.token_ids.append(made.token_id)  # nobody hears of it, but the next step may run it
@@ -361,7 +362,7 @@ class Batcher:
             sequence.take_prompt_logprobs(made.prompt_logprobs)
         token_id = made.token_id
         if token_id is None:
-            return None
+            return self._end_of_grammar(sequence, made) if made.complete or made.error else None
         position = len(sequence.token_ids) - sequence.num_prompt_tokens
         sequence.token_ids.append(token_id)
         finish = None
@@ -373,10 +374,22 @@ class Batcher:
                 min_tokens=sequence.sampling.min_tokens,
                 max_output_tokens=sequence.max_output_tokens,
             )
+        if made.complete:
+            finish = FinishReason.STOP
         if finish is not None:
             self._gate.observe_end(sequence)
             self._stop(sequence)
         return sequence.token_event(token_id, position, made.logprobs, finish, now_s)
+
+    def _end_of_grammar(self, sequence: Sequence, made: SequenceResult) -> Event:
+        """The end of a sequence whose grammar allows no token behind what it has."""
+        position = sequence.num_output_tokens
+        self._gate.observe_end(sequence)
+        self._stop(sequence)
+        if sequence.state is State.ENDING:
+            sequence.token_ids.append(0)  # nobody hears of it, but the next step runs a token here
+        finish = FinishReason.INVALID if made.error else FinishReason.STOP
+        return Event(key=sequence.key, position=position, finish=finish, error=made.error)
 
     def _end(
         self, sequence: Sequence, finish: FinishReason, error: str = "", retry_after_s: float | None = None

@@ -83,12 +83,16 @@ class TokenLogprobs:
 class SequenceResult:
     """What a step made of one scheduled sequence; not to be changed.
 
-    `prompt_logprobs` has an entry for each prompt token that this step predicted.
+    `prompt_logprobs` has an entry for each prompt token that this step predicted. With `complete`, the sequence's
+    grammar lets nothing follow: behind this token or, where there is none, behind what was there. `error` says why the
+    grammar cannot be followed any further.
     """
 
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    complete: bool = False
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,7 @@ class FinishReason(Enum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     REFUSED = "refused"
+    INVALID = "invalid"  # what was asked for cannot be done, here or elsewhere
     FAILED = "failed"
 
 

@@ -10,8 +10,32 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
-__all__ = ["Request", "SamplingParams"]
+__all__ = ["Grammar", "GrammarKind", "Request", "SamplingParams"]
+
+
+class GrammarKind(StrEnum):
+    """How a grammar is written."""
+
+    JSON_SCHEMA = "json_schema"
+    JSON_OBJECT = "json_object"  # any object; there is no text
+    REGEX = "regex"
+    CHOICE = "choice"  # a JSON list of the texts that may come
+    RULES = "grammar"  # Lark's notation, or GBNF
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grammar:
+    """What the whole output must match. The scheduler does not look inside; a rank compiles it.
+
+    `whitespace` is a regular expression for what may stand between the parts of JSON; None: one space behind
+    commas and colons, and nothing elsewhere.
+    """
+
+    kind: GrammarKind
+    text: str = ""
+    whitespace: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +60,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # alternatives per generated token; 0: the chosen one only; None: none
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _require("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "must be between 0 and 100")

@@ -140,6 +140,10 @@ class Sequence:
         self.prompt_logprobs += made
         self.num_prompt_predicted += expected
 
+    def _ends(self, token_id: int, position: int) -> bool:
+        """Whether a token at this output position is one that ends the sequence."""
+        return token_id in self.stop_ids and position >= self.sampling.min_tokens
+
     def token_event(
         self,
         token_id: int,
@@ -152,7 +156,7 @@ class Sequence:
         if self.first_token_sent:
             if finish is None:
                 return Event(self.key, position, token_id, logprobs)
-            stop_token_id = token_id if finish is FinishReason.STOP else None
+            stop_token_id = token_id if self._ends(token_id, position) else None
             return Event(self.key, position, token_id, logprobs, (), finish, stop_token_id)
         assert self.admitted_s is not None
         self.first_token_sent = True
@@ -165,7 +169,7 @@ class Sequence:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             finish=finish,
-            stop_token_id=token_id if finish is FinishReason.STOP else None,
+            stop_token_id=token_id if finish is not None and self._ends(token_id, position) else None,
             num_cached_tokens=self.num_cached_tokens,
             queue_s=self.admitted_s - self.request.arrival_s,
             prefill_s=now_s - self.admitted_s,

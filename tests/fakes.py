@@ -148,6 +148,7 @@ class FakeGroup(session_pb2_grpc.DPGroupServicer):
         self.num_blocks = 1000
         self.refuse: str | None = None
         self.retry_after_s: float | None = None  # said with a refusal
+        self.invalid: str | None = None
         self.fail_at: int | None = None
         self.hold_at: int | None = None
         self.num_cached_tokens = 0
@@ -271,6 +272,8 @@ class FakeGroup(session_pb2_grpc.DPGroupServicer):
             if self.retry_after_s is not None:
                 refusal.retry_after_s = self.retry_after_s
             stream.fresh.append(refusal)
+        elif self.invalid is not None:
+            stream.fresh.append(self._end(submit, session_pb2.FINISH_INVALID, self.invalid))
         else:
             record = self.records.begin(submit, (stream.number, submit.sequence_id))
             stream.sequences[submit.sequence_id] = _Sequence(submit, list(submit.output_token_ids), record)

@@ -26,6 +26,7 @@ from scheduler.experts import ExpertPlacement
 from workers.assemble import assemble, spreads_experts
 from workers.execution import FirstRank, Follower
 from workers.group import Membership
+from workers.guided import GrammarCompiler
 from workers.lease import Lease
 from workers.loop import STOPPED, Broken, StepLoop
 from workers.parallel.channel import PlanListener
@@ -86,6 +87,7 @@ class Rank:
         self._loop: StepLoop | None = None
         self._follower: Follower | None = None
         self._session: SessionServer | None = None
+        self._grammars: GrammarCompiler | None = None
         self._session_address = ""
         self._records = Records(time.monotonic, keep_s=settings.resume_window_s)
         self._watch: PeerWatch | None = None
@@ -291,6 +293,8 @@ class Rank:
             self._step_log.close()
         if self._session is not None:
             self._session.stop()
+        if self._grammars is not None:
+            self._grammars.close()
         if self._follower is not None:
             self._follower.stop(_STOP_TIMEOUT_S)
         if self._watch is not None:
@@ -350,6 +354,7 @@ class Rank:
         )
         if pulse is not None:
             pulse.start()
+        self._grammars = GrammarCompiler.from_folder(settings.model_path, runner.model_config.vocab_size)
         self._session = SessionServer(
             self._loop,
             host=self._host,
@@ -358,6 +363,7 @@ class Rank:
             info=info,
             vocab_size=runner.model_config.vocab_size,
             records=self._records,
+            grammars=self._grammars,
         )
         host = f"[{self._host}]" if ":" in self._host else self._host
         self._session_address = f"{host}:{self._session.start()}"

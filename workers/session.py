@@ -15,13 +15,15 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc
 import uvloop
 
 from protos.shoal.v1 import session_pb2, session_pb2_grpc
 from scheduler.plan import Event, FinishReason
+from scheduler.request import Request
+from workers.guided import GrammarCompiler, GrammarError
 from workers.loop import StepBatch, StepLoop
 from workers.records import Record, Records
 from workers.wire import load_to_proto, output_from_event, request_from_submit
@@ -49,7 +51,7 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
 )
 
-_OVER = (FinishReason.CANCELLED, FinishReason.DEADLINE)
+_OVER = (FinishReason.CANCELLED, FinishReason.DEADLINE, FinishReason.INVALID)
 
 _Context = grpc.aio.ServicerContext[session_pb2.Uplink, session_pb2.Downlink]
 
@@ -74,7 +76,10 @@ class _Stream:
 
 
 class SessionServer(session_pb2_grpc.DPGroupServicer):
-    """Serves `loop` at a free port of `host`. `info` and `generation` go to every front door; `records` outlive it."""
+    """Serves `loop` at a free port of `host`. `info` and `generation` go to every front door; `records` outlive it.
+
+    `grammars` compiles what guided sequences must match, beside the loop; None where the model has no tokenizer.json.
+    """
 
     def __init__(
         self,
@@ -86,6 +91,7 @@ class SessionServer(session_pb2_grpc.DPGroupServicer):
         info: session_pb2.GroupInfo,
         vocab_size: int,
         records: Records,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self._steps = loop
         self._records = records
@@ -94,6 +100,8 @@ class SessionServer(session_pb2_grpc.DPGroupServicer):
         self._generation = generation
         self._info = info
         self._vocab_size = vocab_size
+        self._grammars = grammars
+        self._compiling: dict[str, asyncio.Task[None]] = {}  # by key: sequences that wait for their grammar
         self._streams: dict[int, _Stream] = {}
         self._numbers = itertools.count(1)
         self._load = load_to_proto(loop.load)
@@ -225,7 +233,7 @@ class SessionServer(session_pb2_grpc.DPGroupServicer):
         finally:
             del self._streams[stream.number]
             for sequence_id, record in stream.open.items():
-                self._steps.cancel(f"{stream.number}:{sequence_id}")
+                self._stop(f"{stream.number}:{sequence_id}")
                 if record is not None:
                     self._records.keep(record)
             for task in tasks:
@@ -270,7 +278,7 @@ class SessionServer(session_pb2_grpc.DPGroupServicer):
                 raise _Misuse("only submit, cancel and claim may follow hello")
 
     def _cancel(self, stream: _Stream, cancel: session_pb2.Cancel) -> None:
-        self._steps.cancel(f"{stream.number}:{cancel.sequence_id}")
+        self._stop(f"{stream.number}:{cancel.sequence_id}")
         record = stream.open.get(cancel.sequence_id)
         if record is None:
             return
@@ -297,7 +305,7 @@ class SessionServer(session_pb2_grpc.DPGroupServicer):
         number, sequence_id = record.owner
         position = record.num_output_tokens
         self._records.keep(record)
-        self._steps.cancel(f"{number}:{sequence_id}")
+        self._stop(f"{number}:{sequence_id}")
         stream = self._streams[number]
         stream.open[sequence_id] = None
         stream.outputs.append(session_pb2.SequenceOutput(sequence_id=sequence_id, position=position, finish=finish))
@@ -315,7 +323,42 @@ class SessionServer(session_pb2_grpc.DPGroupServicer):
             refused = Event(key=key, position=position, finish=FinishReason.REFUSED, error=str(error))
             self._push(stream, refused, submit.sequence_id, stream.step)
             return
-        self._steps.submit(request, self)
+        if request.sampling.grammar is None:
+            self._steps.submit(request, self)
+        else:
+            self._compiling[key] = asyncio.create_task(self._submit_guided(request))
+
+    async def _submit_guided(self, request: Request) -> None:
+        """Submits a sequence once its grammar is compiled."""
+        sampling, position = request.sampling, len(request.output_token_ids)
+        assert sampling.grammar is not None
+        try:
+            if self._grammars is None:
+                raise GrammarError("cannot be used: the model has no tokenizer.json")
+            compiled = await self._grammars.compile(sampling.grammar, request.eos_token_ids)
+        except GrammarError as error:
+            self._end_early(Event(request.key, position, finish=FinishReason.INVALID, error=f"guided {error}"))
+        else:
+            self._steps.submit(replace(request, sampling=replace(sampling, grammar=compiled)), self)
+        finally:
+            self._compiling.pop(request.key, None)
+
+    def _stop(self, key: str) -> None:
+        """Ends a sequence wherever it is: its owner hears of it afterwards."""
+        task = self._compiling.pop(key, None)
+        if task is None:
+            self._steps.cancel(key)
+            return
+        task.cancel()
+        assert self._events is not None
+        self._events.call_soon(self._end_early, Event(key, 0, finish=FinishReason.CANCELLED))
+
+    def _end_early(self, event: Event) -> None:
+        """Tells of a sequence of which the loop never heard."""
+        number, _, sequence_id = event.key.partition(":")
+        stream = self._streams.get(int(number))
+        if stream is not None:
+            self._push(stream, event, int(sequence_id), stream.step)
 
     async def _write(self, stream: _Stream, context: _Context) -> None:
         while True:

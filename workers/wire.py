@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 from protos.shoal.v1 import inference_pb2, session_pb2
 from scheduler.batcher import BatcherLoad
 from scheduler.plan import Event, FinishReason, TokenLogprobs
-from scheduler.request import Request, SamplingParams
+from scheduler.request import Grammar, GrammarKind, Request, SamplingParams
 
-__all__ = ["load_to_proto", "output_from_event", "request_from_submit"]
+__all__ = ["grammar_from_proto", "grammar_to_proto", "load_to_proto", "output_from_event", "request_from_submit"]
 
 _FINISH = {
     FinishReason.STOP: session_pb2.FINISH_STOP,
@@ -15,6 +17,7 @@ _FINISH = {
     FinishReason.CANCELLED: session_pb2.FINISH_CANCELLED,
     FinishReason.DEADLINE: session_pb2.FINISH_DEADLINE,
     FinishReason.REFUSED: session_pb2.FINISH_REFUSED,
+    FinishReason.INVALID: session_pb2.FINISH_INVALID,
     FinishReason.FAILED: session_pb2.FINISH_FAILED,
 }
 
@@ -58,7 +61,36 @@ def _sampling(message: inference_pb2.SamplingParams, vocab_size: int) -> Samplin
         ignore_eos=message.ignore_eos,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        grammar=grammar_from_proto(message.guided) if message.HasField("guided") else None,
     )
+
+
+def grammar_from_proto(message: inference_pb2.GuidedDecoding) -> Grammar:
+    """Raises ValueError where nothing is asked for."""
+    kind = message.WhichOneof("guide")
+    if kind is None or (kind == "json_object" and not message.json_object):
+        raise ValueError("guided must name one of json_schema, json_object, regex, choice and grammar")
+    if kind == "json_object":
+        text = ""
+    elif kind == "choice":
+        text = json.dumps(list(message.choice.texts))
+    else:
+        text = getattr(message, kind)
+    whitespace = message.whitespace_pattern if message.HasField("whitespace_pattern") else None
+    return Grammar(kind=GrammarKind(kind), text=text, whitespace=whitespace)
+
+
+def grammar_to_proto(grammar: Grammar) -> inference_pb2.GuidedDecoding:
+    """What `grammar_from_proto` reads."""
+    message = inference_pb2.GuidedDecoding(whitespace_pattern=grammar.whitespace)
+    match grammar.kind:
+        case GrammarKind.JSON_OBJECT:
+            message.json_object = True
+        case GrammarKind.CHOICE:
+            message.choice.texts.extend(json.loads(grammar.text))
+        case kind:
+            setattr(message, kind.value, grammar.text)
+    return message
 
 
 def output_from_event(event: Event, sequence_id: int) -> session_pb2.SequenceOutput:

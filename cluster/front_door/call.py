@@ -10,8 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from scheduler.plan import FinishReason, TokenLogprobs
+from scheduler.request import Grammar
 
-__all__ = ["Call", "Chunk", "Message", "SamplingOptions", "Usage"]
+__all__ = ["Call", "Chunk", "Guided", "Message", "SamplingOptions", "Usage"]
+
+
+@dataclass(frozen=True, slots=True)
+class Guided:
+    """What the whole output must match, and the field in which the client said so."""
+
+    grammar: Grammar
+    field: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +46,7 @@ class SamplingOptions:
     prompt_logprobs: int | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    guided: Guided | None = None
 
 
 @dataclass(frozen=True, slots=True)

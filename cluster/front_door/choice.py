@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from cluster.front_door.errors import Cancelled
+from cluster.front_door.errors import Cancelled, InvalidRequest
 from cluster.front_door.link import Link
 from cluster.front_door.output import ENDS, ChoiceOutput, PositionGap
 from protos.shoal.v1 import session_pb2
@@ -136,6 +136,8 @@ class Choice:
             self._owner.expired(self, output.error)
         elif output.finish == session_pb2.FINISH_MOVED:
             self._owner.failed(self, Cancelled("the request was resumed by another call"))
+        elif output.finish == session_pb2.FINISH_INVALID:
+            self.fail(InvalidRequest(output.error, field="sampling"))
         elif output.finish == session_pb2.FINISH_REFUSED:
             hint_s = output.retry_after_s if output.HasField("retry_after_s") else None
             self._placer.refused(self, by=link, reason=output.error, retry_after_s=hint_s)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from cluster.front_door.call import Call, Chunk, Message, SamplingOptions, Usage
+from cluster.front_door.call import Call, Chunk, Guided, Message, SamplingOptions, Usage
 from cluster.front_door.comeback import Held
 from cluster.front_door.errors import InvalidRequest
 from cluster.front_door.model_card import ModelCard
 from cluster.front_door.text import TextCodec
 from protos.shoal.v1 import inference_pb2 as pb
 from scheduler.plan import FinishReason, TokenLogprobs
+from workers.wire import grammar_from_proto
 
 __all__ = [
     "Asker",
@@ -198,7 +199,15 @@ def _options(params: pb.SamplingParams) -> SamplingOptions:
         prompt_logprobs=params.prompt_logprobs if has("prompt_logprobs") else None,
         include_stop_str_in_output=params.include_stop_str_in_output if has("include_stop_str_in_output") else None,
         skip_special_tokens=params.skip_special_tokens if has("skip_special_tokens") else None,
+        guided=_guided(params.guided) if has("guided") else None,
     )
+
+
+def _guided(message: pb.GuidedDecoding) -> Guided:
+    try:
+        return Guided(grammar_from_proto(message), f"sampling.guided.{message.WhichOneof('guide')}")
+    except ValueError as error:
+        raise InvalidRequest(f"sampling.{error}", field="sampling.guided") from None
 
 
 def _decimal(value: float) -> float:

@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from opentelemetry import trace
 
-from cluster.front_door.call import Call, Chunk, Message
+from cluster.front_door.call import Call, Chunk, Guided, Message
 from cluster.front_door.choice import Choice
 from cluster.front_door.claims import Claims
 from cluster.front_door.comeback import Comeback, Held
@@ -47,6 +47,7 @@ from cluster.front_door.spans import RequestSpan
 from cluster.front_door.submits import submit_of
 from cluster.front_door.text import Template, TextCodec
 from cluster.front_door.validate import Prepared, Resolved, check_model, check_token_ids, fit, resolve
+from workers.guided import GrammarCompiler, GrammarError
 
 __all__ = ["Desk"]
 
@@ -73,6 +74,7 @@ class Desk:
         clock: Clock,
         tracer: trace.Tracer | None = None,
         share_prefixes: bool = False,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.card = card
         self.codec = codec
@@ -80,6 +82,7 @@ class Desk:
         self.metrics = metrics
         self._clock = clock
         self._links = links
+        self._grammars = grammars
         self._tracer = tracer or trace.get_tracer("shoal.front_door")
         self._prompts = PromptEncoder(codec, template)
         self._dispatcher = Dispatcher(links, limits, clock, metrics, share_prefixes=share_prefixes)
@@ -260,6 +263,8 @@ class Desk:
 
     def close(self) -> None:
         self._prompts.close()
+        if self._grammars is not None:
+            self._grammars.close()
 
     def _new(self, call: Call) -> OpenRequest:
         return OpenRequest(call, dispatcher=self._dispatcher, clock=self._clock, min_gap_s=self.limits.min_chunk_gap_s)
@@ -283,6 +288,7 @@ class Desk:
 
     async def _choices(self, request: OpenRequest, resolved: Resolved) -> tuple[Choice, ...]:
         """From a call to its sequences."""
+        await self._check_grammar(request.call.sampling.guided)
         prompt, field = await self._prompts.encode_call(request.call)
         prepared = fit(resolved, prompt, self.card, field=field)
         cost_tokens = prepared.n * (len(prompt) + prepared.sampling.max_tokens)
@@ -292,6 +298,17 @@ class Desk:
         request.span.prepared(prepared)
         opened_unix_ns = time.time_ns()
         return tuple(self._choice(request, prepared, index, opened_unix_ns) for index in range(prepared.n))
+
+    async def _check_grammar(self, guided: Guided | None) -> None:
+        """Compiles it as a rank will, so that a bad one is refused here."""
+        if guided is None:
+            return
+        try:
+            if self._grammars is None:
+                raise GrammarError("cannot be followed: the model has no tokenizer.json")
+            await self._grammars.compile(guided.grammar, self.codec.eos_token_ids)
+        except GrammarError as error:
+            raise InvalidRequest(f"{guided.field} {error}", field=guided.field) from None
 
     def _choice(self, request: OpenRequest, prepared: Prepared, index: int, opened_unix_ns: int) -> Choice:
         call = request.call

@@ -99,7 +99,8 @@ class ChoiceOutput:
         if output.prompt_logprobs and not self._prompt_logprobs:
             self._prompt_logprobs = (None, *map(_logprobs, output.prompt_logprobs))
         token_ids: Sequence[int] = output.token_ids
-        hidden = len(token_ids) - 1 if output.finish == session_pb2.FINISH_STOP and not self._show_stop else -1
+        # A stop token is no text, where the client does not want it; what completes a grammar is.
+        hidden = len(token_ids) - 1 if output.HasField("stop_token_id") and not self._show_stop else -1
         for at in range(before - output.position, len(token_ids)):
             self._push(token_ids[at], hide=at == hidden)
             if output.logprobs:

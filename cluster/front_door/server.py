@@ -29,6 +29,7 @@ from cluster.front_door.model_card import ModelCard
 from cluster.front_door.text import Template, TextCodec
 from cluster.front_door.tokenizer import Tokenizer
 from scheduler.routing import POLICIES
+from workers.guided import GrammarCompiler
 
 __all__ = ["FrontDoorServer", "FrontDoorSettings"]
 
@@ -68,6 +69,7 @@ class FrontDoorServer:
         registry: CollectorRegistry | None = None,
         operations: Operations | None = None,
         tracer: trace.Tracer | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.settings = settings
@@ -91,6 +93,7 @@ class FrontDoorServer:
             clock=loop,
             tracer=tracer,
             share_prefixes=settings.share_prefixes,
+            grammars=grammars,
         )
         authenticate = ApiKeys(settings.api_keys)
         admin = None
@@ -133,6 +136,7 @@ class FrontDoorServer:
             registry=registry,
             operations=operations,
             tracer=tracer,
+            grammars=GrammarCompiler.from_folder(folder, card.vocab_size),
         )
 
     @property

@@ -6,6 +6,7 @@ from cluster.front_door.call import Call
 from cluster.front_door.validate import Prepared, choice_seed
 from protos.shoal.v1 import inference_pb2, session_pb2
 from scheduler.request import SamplingParams
+from workers.wire import grammar_to_proto
 
 __all__ = ["submit_of"]
 
@@ -49,4 +50,5 @@ def _sampling(params: SamplingParams, seed: int) -> inference_pb2.SamplingParams
         ignore_eos=params.ignore_eos,
         logprobs=params.logprobs,
         prompt_logprobs=params.prompt_logprobs,
+        guided=None if params.grammar is None else grammar_to_proto(params.grammar),
     )

@@ -153,6 +153,7 @@ def _params(resolved: Resolved, card: ModelCard, *, max_tokens: int) -> Sampling
             ignore_eos=ignore_eos,
             logprobs=options.logprobs,
             prompt_logprobs=options.prompt_logprobs,
+            grammar=None if options.guided is None else options.guided.grammar,
         )
     except ValueError as error:
         message = str(error)

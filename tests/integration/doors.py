@@ -16,6 +16,7 @@ from cluster.front_door.server import FrontDoorServer, FrontDoorSettings
 from protos.shoal.v1 import admin_pb2, inference_pb2_grpc
 from protos.shoal.v1 import inference_pb2 as pb
 from tests.fakes import CARD, SECRET, ByteCodec, FakeGroup, LineTemplate, hashed, serving
+from workers.guided import GrammarCompiler
 
 __all__ = ["Door", "FakeOperations", "Stream", "expected_text", "open_door", "ready", "request", "rest", "take"]
 
@@ -47,6 +48,7 @@ async def open_door(
     operations: Operations | None = None,
     administrators: tuple[str, ...] = (),
     chaos: bool = False,
+    grammars: GrammarCompiler | None = None,
 ) -> AsyncIterator[Door]:
     """Groups are started, the door opened, and all of it ended whatever happens."""
     settings = FrontDoorSettings(
@@ -60,7 +62,9 @@ async def open_door(
         chaos=chaos,
     )
     async with serving(*groups):
-        server = FrontDoorServer(settings, card=CARD, codec=ByteCodec(), template=LineTemplate(), operations=operations)
+        server = FrontDoorServer(
+            settings, card=CARD, codec=ByteCodec(), template=LineTemplate(), operations=operations, grammars=grammars
+        )
         await server.start()
         try:
             server.set_groups([group.address for group in groups])

@@ -63,7 +63,11 @@ class FrontDoorStream:
     async def submit(
         self, sequence_id: int, prompt: Sequence[int], params: inference_pb2.SamplingParams, **more: Any
     ) -> None:
-        submit = session_pb2.Submit(sequence_id=sequence_id, prompt_token_ids=prompt, sampling=params, **more)
+        await self.send(session_pb2.Submit(sequence_id=sequence_id, prompt_token_ids=prompt, sampling=params, **more))
+
+    async def send(self, submit: session_pb2.Submit) -> None:
+        """What it was replayed with counts among its tokens."""
+        self.tokens[submit.sequence_id] = list(submit.output_token_ids)
         await self._call.write(session_pb2.Uplink(submit=submit))
 
     async def cancel(self, sequence_id: int) -> None:

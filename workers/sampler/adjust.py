@@ -19,7 +19,7 @@ __all__ = ["adjust", "needs_adjustment"]
 def needs_adjustment(sequence: ScheduledSequence) -> bool:
     sampling = sequence.sampling
     return bool(
-        sequence.forbidden_token_ids
+        (sequence.forbidden_token_ids and sampling.grammar is None)  # a grammar's mask sees to them
         or sampling.logit_bias
         or sampling.repetition_penalty != 1.0
         or sampling.frequency_penalty
@@ -32,7 +32,8 @@ def adjust(row: torch.Tensor, sequence: ScheduledSequence) -> None:
     sampling = sequence.sampling
     vocab_size = row.shape[0]
     # An end-of-sequence id beyond the vocabulary can never be drawn, so it need not be forbidden.
-    if forbidden := [token_id for token_id in sequence.forbidden_token_ids if token_id < vocab_size]:
+    forbidden = [token_id for token_id in sequence.forbidden_token_ids if token_id < vocab_size]
+    if forbidden and sampling.grammar is None:
         row[torch.tensor(forbidden, device=row.device)] = -torch.inf
     if sampling.logit_bias:
         ids = torch.tensor(list(sampling.logit_bias), device=row.device)

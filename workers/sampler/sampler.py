@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from scheduler.plan import ScheduledSequence, SequenceResult, StepPlan, StepResult, TokenLogprobs
+from workers.guided import Allowed, Matching
 from workers.sampler.adjust import adjust, needs_adjustment
+from workers.sampler.allow import allow_only
 from workers.sampler.candidates import cut
 from workers.sampler.logprobs import prompt_logprobs, token_logprobs
 from workers.sampler.noise import Noise
@@ -27,10 +29,11 @@ class _Row:
 
 
 class Sampler:
-    """Stateless but for a table of hashed token ids. A row's token depends on nothing but its own row."""
+    """Keeps nothing but what saves time. A row's token depends on its own row and history alone."""
 
     def __init__(self) -> None:
         self._noise: Noise | None = None
+        self._matching = Matching()
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, plan: StepPlan) -> StepResult:
@@ -46,22 +49,42 @@ class Sampler:
                 prompts[index] = prompt_logprobs(logits[start:end], sequence)
         assert end == logits.shape[0], f"{logits.shape[0]} rows of logits for a plan that has {end}"
         results = [SequenceResult(prompt_logprobs=prompts.get(index, ())) for index in range(len(plan.sequences))]
+        allowed: Allowed | None = None
+        if any(row.sequence.sampling.grammar is not None for row in rows):
+            rows, allowed = self._open(rows, results)
         if rows:
             picked = logits if len(rows) == end else logits[[row.logits_row for row in rows]]
-            token_ids, logprobs = self._tokens(picked, rows)
+            token_ids, logprobs = self._tokens(picked, rows, allowed)
             for row, token_id in zip(rows, token_ids, strict=True):
-                results[row.index] = SequenceResult(token_id, logprobs.get(row.index), prompts.get(row.index, ()))
+                complete = row.sequence.sampling.grammar is not None and self._matching.take(row.sequence, token_id)
+                made = logprobs.get(row.index)
+                results[row.index] = SequenceResult(token_id, made, prompts.get(row.index, ()), complete)
         return StepResult(tuple(results))
 
-    def _tokens(self, logits: torch.Tensor, rows: list[_Row]) -> tuple[list[int], dict[int, TokenLogprobs]]:
+    def _open(self, rows: list[_Row], results: list[SequenceResult]) -> tuple[list[_Row], Allowed | None]:
+        """The rows whose grammar, where they have one, lets a token follow; the others' results are final."""
+        guided = [row for row in rows if row.sequence.sampling.grammar is not None]
+        ends = self._matching.follow([row.sequence for row in guided])
+        for row, end in zip(guided, ends, strict=True):
+            if end is not None:
+                results[row.index].complete, results[row.index].error = end.complete, end.error
+        ended = {row.index for row, end in zip(guided, ends, strict=True) if end is not None}
+        left = [row for row in rows if row.index not in ended]
+        return left, self._matching.allowed([row.sequence for row in left])
+
+    def _tokens(
+        self, logits: torch.Tensor, rows: list[_Row], allowed: Allowed | None
+    ) -> tuple[list[int], dict[int, TokenLogprobs]]:
         """A token per row of `logits` [rows, vocab], and logprobs by index in the plan where asked for."""
         to_adjust = [number for number, row in enumerate(rows) if needs_adjustment(row.sequence)]
         random = [number for number, row in enumerate(rows) if not row.sequence.sampling.greedy]
         adjusted = logits
-        if to_adjust:
+        if to_adjust or allowed is not None:
             adjusted = logits.to(torch.float32, copy=True)
             for number in to_adjust:
                 adjust(adjusted[number], rows[number].sequence)
+        if allowed is not None:
+            allow_only(adjusted, allowed)
         token_ids = _argmax(adjusted) if len(random) < len(rows) else [0] * len(rows)
         if random:
             chosen = adjusted if len(random) == len(rows) else adjusted[random]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cluster.front_door.call import Call, Message, SamplingOptions
 from cluster.front_door.chat_template import RESERVED_NAMES
 from cluster.front_door.errors import InvalidRequest
+from cluster.front_door.http.guided import guided_of
 from cluster.front_door.http.schema import ChatBody, CompletionBody, MessageBody
 from cluster.front_door.http.seam import HttpLimits
 
@@ -131,6 +132,7 @@ def _sampling(body: ChatBody | CompletionBody, **more: int | None) -> SamplingOp
         n=body.n,
         include_stop_str_in_output=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
+        guided=guided_of(body),
         **more,
     )
 

@@ -10,13 +10,25 @@ from pydantic_core import ErrorDetails
 from starlette.datastructures import Headers
 
 from cluster.front_door.http.faults import HttpFault
-from cluster.front_door.http.schema import MessageBody, StreamOptions
+from cluster.front_door.http.schema import (
+    JsonSchemaBody,
+    MessageBody,
+    ResponseFormat,
+    StreamOptions,
+    StructuredOutputs,
+)
 
 __all__ = ["check_content_type", "parse"]
 
 Body = TypeVar("Body", bound=BaseModel)
 
-_INSIDE: dict[str, type[BaseModel]] = {"messages": MessageBody, "stream_options": StreamOptions}
+_INSIDE: dict[str, type[BaseModel]] = {
+    "messages": MessageBody,
+    "stream_options": StreamOptions,
+    "response_format": ResponseFormat,
+    "json_schema": JsonSchemaBody,
+    "structured_outputs": StructuredOutputs,
+}
 _MOST_SHOWN_CHARS = 60
 
 
@@ -76,9 +88,11 @@ def _not_json(detail: ErrorDetails, body: bytes) -> HttpFault:
 
 
 def _unknown(where: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    inner = _INSIDE.get(str(where[0]), model) if len(where) > 1 else model
+    outer = next((part for part in reversed(where[:-1]) if isinstance(part, str)), "")
+    inner = _INSIDE.get(outer, model)
     name = str(where[-1])
-    near = difflib.get_close_matches(name, inner.model_fields, n=1, cutoff=0.6)
+    known = [field.alias or name for name, field in inner.model_fields.items()]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f'; did you mean "{near[0]}"?' if near else ""
     return f"unknown field {_shown(_dotted(where))}{hint}"
 

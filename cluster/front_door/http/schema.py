@@ -6,7 +6,7 @@ serve yet are listed with the values that ask for nothing; any other value is re
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -15,8 +15,11 @@ __all__ = [
     "ChatBody",
     "CompletionBody",
     "DetokenizeBody",
+    "JsonSchemaBody",
     "MessageBody",
+    "ResponseFormat",
     "StreamOptions",
+    "StructuredOutputs",
     "TokenizeBody",
 ]
 
@@ -78,12 +81,46 @@ def _content(value: object) -> object:
     return "\n".join(texts)
 
 
+def _json_schema(value: object) -> object:
+    """An object, or the text of one."""
+    if value is None or isinstance(value, dict | str):
+        return value
+    raise PydanticCustomError("content", "must be a JSON schema: an object, or the text of one")
+
+
 Ignored = Annotated[Any, Field(exclude=True)]
 """Says something about the request that changes nothing in its answer."""
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class JsonSchemaBody(_Body):
+    name: str | None = None
+    description: Ignored = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: Ignored = None  # every schema is kept to
+
+
+class ResponseFormat(_Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaBody | None = None
+
+
+class StructuredOutputs(_Body):
+    """vLLM's: one of the first five."""
+
+    json_: Annotated[Any, AfterValidator(_json_schema), Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: Ignored = None  # there is none but what whitespace_pattern asks for
+    disable_fallback: Ignored = None
+    disable_additional_properties: Annotated[Any, _only(False)] = None
+    structural_tag: Annotated[Any, _only()] = None
 
 
 class StreamOptions(_Body):
@@ -123,6 +160,15 @@ class _Generation(_Body):
     return_tokens_as_token_ids: bool | None = None
     request_id: str | None = None
 
+    # What the output must match: one of these. The guided ones are what vLLM called structured_outputs before.
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Annotated[Any, AfterValidator(_json_schema)] = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+
     # An extension of ours: seconds that the client is willing to wait for the whole answer.
     timeout: Annotated[float, Field(gt=0)] | None = None
 
@@ -142,12 +188,7 @@ class _Generation(_Body):
     bad_words: Annotated[Any, _only([])] = None
     allowed_token_ids: Annotated[Any, _only()] = None
     truncate_prompt_tokens: Annotated[Any, _only()] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
-    structured_outputs: Annotated[Any, _only()] = None
-    guided_json: Annotated[Any, _only()] = None
-    guided_regex: Annotated[Any, _only()] = None
-    guided_choice: Annotated[Any, _only()] = None
-    guided_grammar: Annotated[Any, _only()] = None
+    guided_decoding_backend: Annotated[Any, _only("auto", "guidance")] = None
     logits_processors: Annotated[Any, _only([])] = None
     kv_transfer_params: Annotated[Any, _only()] = None
 

@@ -43,6 +43,8 @@ class _FinishEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Finish.ValueTy
     """the engine failed; the front door may replay"""
     FINISH_MOVED: _Finish.ValueType  # 7
     """another front door goes on with it"""
+    FINISH_INVALID: _Finish.ValueType  # 8
+    """cannot be done here or elsewhere; see error"""
 
 class Finish(_Finish, metaclass=_FinishEnumTypeWrapper): ...
 
@@ -58,6 +60,8 @@ FINISH_FAILED: Finish.ValueType  # 6
 """the engine failed; the front door may replay"""
 FINISH_MOVED: Finish.ValueType  # 7
 """another front door goes on with it"""
+FINISH_INVALID: Finish.ValueType  # 8
+"""cannot be done here or elsewhere; see error"""
 Global___Finish: _TypeAlias = Finish  # noqa: Y015
 
 @_typing.final
