@@ -31,7 +31,7 @@ PROMPT = list(range(5, 17))
 class Group:
     """One rank's loop and session, whose model is noise that depends on the history."""
 
-    def __init__(self, *, num_blocks: int = 64) -> None:
+    def __init__(self, *, num_blocks: int = 64, overlap: bool = False) -> None:
         self.compiler = GrammarCompiler(byte_level().to_str(), VOCAB)
         self._sampler = Sampler()
         settings = BatcherSettings(
@@ -43,7 +43,7 @@ class Group:
             max_waiting=64,
         )
         self.batcher = Batcher(settings, clock=time.monotonic, generation=1)
-        self.loop = StepLoop(self.batcher, self._run, rank=0, clock=time.monotonic)
+        self.loop = StepLoop(self.batcher, self._run, rank=0, clock=time.monotonic, overlap=overlap)
         self.session = SessionServer(
             self.loop,
             host="127.0.0.1",
@@ -71,9 +71,9 @@ class Group:
         self.compiler.close()
 
 
-@pytest.fixture
-def group() -> Iterator[Group]:
-    group = Group()
+@pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
+def group(request: pytest.FixtureRequest) -> Iterator[Group]:
+    group = Group(overlap=request.param)
     yield group
     group.close()
 
