@@ -6,12 +6,14 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from workers.cache import CacheSize, KVCache, show_size, size_cache
+from workers.graphs import CudaCapture
 from workers.kernels.quantized import Weight, move
 from workers.kernels.seam import Kernels
 from workers.kernels.select import select_kernels
@@ -118,7 +120,12 @@ def assemble(
         experts = Relocation(
             decoder.mixtures, ExpertReader(shard, folder, index, dtype, device, hold=settings.quantization)
         )
-    return Runner(decoder, cache, model_config=config, report=report, experts=experts, dtype=dtype, device=device)
+    runner = Runner(decoder, cache, model_config=config, report=report, experts=experts, dtype=dtype, device=device)
+    if device.type == "cuda" and runner.record_decoding(
+        CudaCapture(), max_batch_size=settings.max_batch_size, max_model_len=settings.max_model_len
+    ):
+        runner.report = replace(report, kernels=f"{report.kernels}; CUDA graphs for decoding")
+    return runner
 
 
 def _adopt(

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from workers.cache import KVCache
+from workers.graphs import Capture, DecodeGraphs
 from workers.inputs import StepInputs
 from workers.model.config import ModelConfig
 from workers.model.moe import MoE, RoutingRecorder
@@ -79,6 +80,7 @@ class Runner:
         self._device = device
         self.model_config = model_config
         self.report = report
+        self._graphs: DecodeGraphs | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -98,7 +100,27 @@ class Runner:
         step = build_tensors(
             inputs, self._cache.block_size, dtype=self._dtype, device=self._device, ragged=self._decoder.ragged
         )
+        if self._graphs is not None and self._graphs.covers(step):
+            return self._graphs.run(step)
         return self._decoder.forward(step, self._cache)
+
+    @torch.inference_mode()
+    def record_decoding(self, capture: Capture, *, max_batch_size: int, max_model_len: int) -> bool:
+        """Records steps of decoding alone, to be replayed from now on; False for a model whose steps cannot be.
+
+        A mixture of experts asks for counts on the host within a step, and latent attention for its context's length.
+        """
+        if self._decoder.mixtures or not self._decoder.ragged:
+            return False
+        self._graphs = DecodeGraphs(
+            lambda step: self._decoder.forward(step, self._cache),
+            capture,
+            max_batch_size=max_batch_size,
+            blocks_per_sequence=-(-max_model_len // self._cache.block_size),
+            block_size=self._cache.block_size,
+            device=self._device,
+        )
+        return True
 
     @torch.inference_mode()
     def keep_step(self) -> None:

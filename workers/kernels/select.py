@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from workers.kernels.cpu import PackedKernels, can_pack
+from workers.kernels.cuda import CudaKernels
 from workers.kernels.deterministic import DeterministicKernels
 from workers.kernels.native import NativeKernels, find_native
 from workers.kernels.reference import ReferenceKernels
@@ -18,7 +19,7 @@ def select_kernels(device: torch.device, dtype: torch.dtype, *, deterministic: b
 
     With `deterministic`, those whose result for a token does not depend on what else is in the step.
     """
-    fastest: Kernels = ReferenceKernels()
+    fastest: Kernels = CudaKernels() if device.type == "cuda" else ReferenceKernels()
     if device.type == "cpu" and can_pack(dtype):
         fastest = PackedKernels()
         if dtype == torch.bfloat16 and not deterministic:

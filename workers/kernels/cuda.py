@@ -1,0 +1,75 @@
+"""Operations for CUDA devices: torch's own, and libraries' where they are installed. Not run on a GPU.
+
+Prompts go to flash-attn where it can do what is asked; decoding reads the paged cache where it lies, by a Triton
+kernel, so that a step's shapes are those of its batch alone and can be recorded (`workers/graphs.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from workers.cache import LayerCache
+from workers.kernels import paged
+from workers.kernels.libraries import Library, found
+from workers.kernels.reference import ReferenceKernels
+from workers.step import DecodeGroup
+
+__all__ = ["CudaKernels"]
+
+_WIDEST_HEAD = 256  # that flash-attn has kernels for
+
+
+class CudaKernels(ReferenceKernels):
+    """See `Kernels`. `libraries` are those to use; None: those that are installed."""
+
+    def __init__(self, libraries: Mapping[str, Library] | None = None) -> None:
+        libraries = found() if libraries is None else libraries
+        self._flash: Any = None
+        self._attend_paged = paged.attend_paged
+        prompts = decoding = "torch"
+        if "flash-attn" in libraries:
+            from flash_attn import flash_attn_func
+
+            self._flash = flash_attn_func
+            prompts = str(libraries["flash-attn"])
+        if "triton" in libraries:
+            from workers.kernels import triton_paged
+
+            self._attend_paged = triton_paged.attend_paged
+            decoding = str(libraries["triton"])
+        self.description = f"torch; attention: {prompts} for prompts, {decoding} for decoding"
+
+    def ragged(self, width: int) -> bool:
+        return True
+
+    def attend_cached(
+        self, q: torch.Tensor, cache: LayerCache, group: DecodeGroup, kv_heads: int, width: int
+    ) -> torch.Tensor:
+        return self._attend_paged(
+            q,
+            cache.slots,
+            group.block_ids.view(len(q), -1),
+            group.lengths,
+            block_size=cache.block_size,
+            kv_heads=kv_heads,
+            width=width,
+        )
+
+    def attend_prefill(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        width = q.shape[3]
+        if self._flash is None or q.dtype == torch.float32 or width != v.shape[3] or width > _WIDEST_HEAD:
+            return super().attend_prefill(q, k, v, mask, scale)
+        # Its causal mask ends at the last query and the last key, whatever their numbers: a chunk's is the same.
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out: torch.Tensor = self._flash(q, k, v, softmax_scale=scale, causal=True)
+        return out.reshape(q.shape[1], -1)
