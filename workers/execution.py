@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -54,6 +55,10 @@ class FirstRank:
         self._experts = experts
         self._sampler = Sampler()
 
+    def regrouped(self, sender: PlanSender | None, pulse: Pulse | None) -> None:
+        """Other companions from the next step on. Between steps only."""
+        self._sender, self._pulse = sender, pulse
+
     @property
     def pending(self) -> bool:
         return self._pulse is not None and self._pulse.pending
@@ -77,6 +82,8 @@ class FirstRank:
             self._beat(plan.num_tokens)
         if self._sender is not None:
             message = inputs.to_proto()
+            # A step that is run again was planned in an earlier generation.
+            message.generation = self._sender.generation
             message.traceparent = traceparent
             self._sender.send(message)
         logits = self._runner.forward(inputs)
@@ -106,9 +113,17 @@ class Follower:
     """Another rank's side: a thread that runs what it is told until it is told to stop."""
 
     def __init__(
-        self, runner: Forward, receiver: PlanReceiver, *, rank: int, experts: Relocation | None = None
+        self,
+        runner: Forward,
+        receiver: PlanReceiver,
+        *,
+        rank: int,
+        experts: Relocation | None = None,
+        on_end: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """`on_end` hears why it no longer follows."""
         self._runner = runner
+        self._on_end = on_end
         self._experts = experts
         self._receiver = receiver
         self._rank = rank
@@ -134,11 +149,13 @@ class Follower:
             logging.INFO if reason == STOPPED else logging.ERROR, "rank %d no longer follows: %s", self._rank, reason
         )
         self._receiver.hang_up()
+        self._on_end(reason)
 
-    def stop(self, timeout_s: float) -> None:
-        """Waits for the first rank to dismiss this one, or to go; then leaves."""
+    def stop(self, timeout_s: float) -> bool:
+        """Waits for the first rank to dismiss this one, or to go; then leaves. False where a step has not ended yet."""
         self._thread.join(timeout_s)
         self.fail(STOPPED)
+        return not self._thread.is_alive()
 
     def _loop(self) -> None:
         try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from workers.parallel.channel import PlanListener, PlanReceiver, PlanSender, connect
 from workers.parallel.groups import Groups
+from workers.parallel.liveness import quicken, quicken_all
 from workers.report import RankAddress
 from workers.settings import EngineSettings
 from workers.watch import PeerWatch
@@ -19,7 +20,7 @@ __all__ = ["Membership"]
 class Membership:
     """Exactly one of `sender` and `receiver` is set in a group of several ranks.
 
-    `companions` are connections to the first ranks of the engine's other groups, by rank, at a first rank whose
+    `companions` are connections to the first ranks of the generation's other groups, by rank, at a first rank whose
     groups take their steps together.
     """
 
@@ -42,19 +43,23 @@ class Membership:
         spread_experts: bool,
         timeout_s: float,
     ) -> Membership:
-        """Meets the others; they must call this too. Raises TimeoutError naming who is missing."""
+        """Meets the others, whose `addresses` are all members of the generation; they must call this too.
+
+        Raises TimeoutError naming who is missing; nothing is left of the attempt then.
+        """
+        by_rank = {address.rank: address for address in addresses}
         groups = Groups.join(
             settings,
             rank,
             generation=generation,
             store=store,
-            hosts=tuple(address.host for address in addresses),
+            hosts={address.rank: address.host for address in addresses},
             spread_experts=spread_experts,
             timeout_s=timeout_s,
         )
 
         def reach(other: int) -> socket.socket:
-            address = addresses[other]
+            address = by_rank[other]
             return connect(
                 address.host,
                 address.plan_port,
@@ -66,20 +71,28 @@ class Membership:
 
         plan = settings.plan
         first = plan.place(rank).dp_group * plan.group_size
-        if rank != first:
-            return cls(groups, receiver=PlanReceiver(generation, reach(first)))
-        followers = set(range(first + 1, first + plan.group_size))
-        firsts = set(range(0, plan.num_ranks, plan.group_size)) if spread_experts else {first}
-        # Each first rank connects to those before it and then waits for those behind it, so none waits in a circle.
-        companions = {other: reach(other) for other in sorted(firsts) if other < first}
-        later = {other for other in firsts if other > first}
-        if not followers | later:
-            return cls(groups, companions=companions)
-        assert listener is not None
-        found = listener.accept(followers | later, generation=generation, secret=secret, timeout_s=timeout_s)
-        companions |= {other: found.pop(other) for other in later}
-        sender = PlanSender(generation, found) if found else None
-        return cls(groups, sender=sender, companions=companions)
+        connections: dict[int, socket.socket] = {}
+        try:
+            if rank != first:
+                return cls(groups, receiver=PlanReceiver(generation, reach(first)))
+            followers = set(range(first + 1, first + plan.group_size))
+            firsts = {other for other in by_rank if plan.place(other).first_in_group} if spread_experts else {first}
+            # Each first rank connects to those before it and then waits for those behind it: none waits in a circle.
+            for other in sorted(firsts):
+                if other < first:
+                    connections[other] = reach(other)
+            later = followers | {other for other in firsts if other > first}
+            if later:
+                assert listener is not None
+                connections |= listener.accept(later, generation=generation, secret=secret, timeout_s=timeout_s)
+        except BaseException:
+            for connection in connections.values():
+                connection.close()
+            groups.close()
+            raise
+        _quicken(settings, by_rank, rank, connections.values())
+        found = {other: connections.pop(other) for other in followers}
+        return cls(groups, sender=PlanSender(generation, found) if found else None, companions=connections)
 
     def watch(self, settings: EngineSettings, on_gone: Callable[[str], None]) -> PeerWatch:
         """A watch over the other ranks of the group, not yet started."""
@@ -87,6 +100,8 @@ class Membership:
 
     def hang_up(self) -> None:
         """Lets the other ranks know that this one runs no more steps. From any thread."""
+        if self.groups.expert is not None:
+            self.groups.expert.hang_up()
         if self.sender is not None:
             self.sender.hang_up()
         if self.receiver is not None:
@@ -107,3 +122,14 @@ class Membership:
             return f"rank {', '.join(map(str, ranks))} has gone" if ranks else None
         assert self.receiver is not None
         return "the first rank has gone" if self.receiver.hung_up(timeout_s) else None
+
+
+def _quicken(
+    settings: EngineSettings, members: Mapping[int, RankAddress], rank: int, ours: Iterable[socket.socket]
+) -> None:
+    """Where members live on other hosts, one of these that is lost must be noticed in about the step timeout."""
+    others = {address.host for address in members.values()} - {members[rank].host}
+    if others:
+        for connection in ours:
+            quicken(connection, settings.step_timeout_s)
+        quicken_all(others, settings.step_timeout_s)

@@ -13,7 +13,10 @@ The plain loop is the reference: both give every sequence the same tokens.
 
 Others talk to it by its inbox (`submit`, `cancel`) and hear from it through outlets, one batch per step. It sleeps
 while there is no work. Once `run` fails, or `fail` says that it never will return, everything open ends as FAILED
-and the loop is broken for good: a new generation has a new loop.
+and the loop is broken for good.
+
+Where other groups share the steps, a step that they keep from ending is no such failure: the loop rests, with all that
+is open, until it may `resume` in a new generation. Then it runs that step again, which has not been committed.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
@@ -38,6 +42,8 @@ log = logging.getLogger(__name__)
 
 STOPPED = "stopped"
 _FAILED = "the engine failed"
+# What fails in so many generations fails by itself.
+_MOST_ATTEMPTS = 8
 
 
 class Broken(RuntimeError):
@@ -96,7 +102,8 @@ def _failed(key: str, num_output_tokens: int, error: str = _FAILED) -> Event:
 class StepLoop:
     """`run` executes a plan on all ranks of the group; its second argument is a traceparent to record under.
 
-    `on_step` hears of each plan that ran, and how many seconds the loop's whole turn took.
+    `on_step` hears of each plan that ran, and how many seconds the loop's whole turn took. With `on_interrupted`, which
+    hears why, a step that fails as connections do interrupts the loop and does not break it.
     """
 
     def __init__(
@@ -108,6 +115,7 @@ class StepLoop:
         clock: Callable[[], float],
         company: Company | None = None,
         on_broken: Callable[[], None] = lambda: None,
+        on_interrupted: Callable[[str], None] | None = None,
         overlap: bool = False,
         on_step: Callable[[StepPlan, float], None] | None = None,
     ) -> None:
@@ -117,10 +125,15 @@ class StepLoop:
         self.clock = clock
         self._company = company
         self._on_broken = on_broken
+        self._on_interrupted = on_interrupted
+        self._interrupted: str | None = None
+        self._resting = False
+        self._num_attempts = 0  # at the step in progress
         self._on_step = on_step
         # Every step runs there, those without work too: all of a rank's kernels are one thread's, and its helpers'.
         self._beside: Beside[tuple[StepResult, float] | None] | None = Beside("steps") if overlap else None
         self._flying: tuple[StepPlan, str] | None = None  # a plan that runs beside already, and its traceparent
+        self._unfinished: deque[tuple[StepPlan, str]] = deque()  # the same of plans to be run, or run again, next
         self._outlets: list[Outlet] = []
         self._inbox: list[Callable[[], None]] = []
         self._inbox_changed = threading.Condition()
@@ -141,6 +154,11 @@ class StepLoop:
     def reason(self) -> str | None:
         """Why the loop is broken; None while it is not."""
         return self._broken
+
+    @property
+    def interrupted(self) -> str | None:
+        """Why the loop rests, or is about to; None while it goes on."""
+        return self._interrupted
 
     @property
     def load(self) -> BatcherLoad:
@@ -220,6 +238,35 @@ class StepLoop:
         if reason != STOPPED:
             self._on_broken()
 
+    def interrupt(self, reason: str) -> None:
+        """Begin no step until `resume`; everything open stays so. From any thread."""
+        with self._inbox_changed:
+            if self._interrupted is not None or self._broken is not None:
+                return
+            self._interrupted = reason
+            self._inbox_changed.notify_all()
+        log.warning("step loop is interrupted: %s", reason)
+        if self._on_interrupted is not None:
+            self._on_interrupted(reason)
+
+    def rest(self, timeout_s: float) -> bool:
+        """Wait until an interrupted loop's step has ended, one way or another; False where that takes longer."""
+        with self._inbox_changed:
+            return self._inbox_changed.wait_for(lambda: self._resting or self._broken is not None, timeout_s)
+
+    def resume(self, generation: int) -> None:
+        """Go on in a new generation; a loop at rest begins with the step that was interrupted."""
+        with self._inbox_changed:
+            assert self._resting or self._broken is not None, "resume before rest"
+            self._batcher.generation = generation
+            self._interrupted = None
+            self._resting = False
+            self._inbox_changed.notify_all()
+
+    def renumber(self, generation: int) -> None:
+        """The generation has changed without this group: its steps go on."""
+        self._batcher.generation = generation
+
     def wake(self) -> None:
         """Looks again whether the company waits. From any thread."""
         with self._inbox_changed:
@@ -227,7 +274,7 @@ class StepLoop:
 
     @property
     def _has_step(self) -> bool:
-        if self._flying is not None or self._batcher.has_work:
+        if self._flying is not None or self._unfinished or self._batcher.has_work:
             return True
         return self._company is not None and self._company.pending
 
@@ -243,7 +290,10 @@ class StepLoop:
     def _loop(self) -> None:
         while True:
             with self._inbox_changed:
-                while not (self._inbox or self._stopping or self._broken or self._has_step):
+                while not (self._stopping or self._broken or self._goes_on):
+                    if self._interrupted is not None and not self._resting:
+                        self._resting = True
+                        self._inbox_changed.notify_all()
                     self._inbox_changed.wait()
                 if self._stopping or self._broken:
                     break
@@ -251,10 +301,27 @@ class StepLoop:
             try:
                 self._once(inbox)
             except Exception as error:
-                log.exception("step %d failed", self._step)
-                self.fail(f"{type(error).__name__}: {error}")
+                self._give_way(error)
         if self._beside is not None:
             self._beside.close()
+
+    @property
+    def _goes_on(self) -> bool:
+        if self._interrupted is not None:
+            return self._flying is not None  # it cannot be called back
+        return bool(self._inbox) or self._has_step
+
+    def _give_way(self, error: Exception) -> None:
+        """What becomes of a step that raised: torch tells of a peer's death by RuntimeError, sockets by OSError."""
+        reason = f"{type(error).__name__}: {error}"
+        if self._on_interrupted is None or not isinstance(error, RuntimeError | OSError):
+            log.exception("step %d failed", self._step)
+            self.fail(reason)
+        elif self._num_attempts >= _MOST_ATTEMPTS:
+            log.exception("step %d failed", self._step)
+            self.fail(f"a step failed {self._num_attempts} times, the last time so: {reason}")
+        else:
+            self.interrupt(reason)
 
     def _turn_away(self) -> None:
         """Answers what came in while the loop broke, and wakes its thread."""
@@ -274,15 +341,25 @@ class StepLoop:
                 self._keep_step(self._company)
             return
         ahead: tuple[StepPlan, str] | None = None
-        if self._beside is None:
-            result, step_s = self._timed(plan, traceparent)
-        else:
-            if self._flying is None:
-                self._begin(self._beside, plan, traceparent)
-            ahead = self._plan_ahead()
-            end = self._beside.end()
-            assert end is not None
-            result, step_s = end
+        self._num_attempts += 1
+        try:
+            if self._beside is None:
+                result, step_s = self._timed(plan, traceparent)
+            else:
+                if self._flying is None:
+                    self._begin(self._beside, plan, traceparent)
+                ahead = self._plan_ahead()
+                end = self._beside.end()
+                assert end is not None
+                result, step_s = end
+        except (RuntimeError, OSError):
+            # What is planned stays so, and runs in this order if it ever runs.
+            self._flying = None
+            if ahead is not None:
+                self._unfinished.appendleft(ahead)
+            self._unfinished.appendleft((plan, traceparent))
+            raise
+        self._num_attempts = 0
         self._take_in(plan, result, step_s, ahead)
         if self._on_step is not None:
             self._on_step(plan, self.clock() - began_s)
@@ -294,6 +371,8 @@ class StepLoop:
                 action()
             if self._flying is not None:
                 return self._flying
+            if self._unfinished and self._broken is None:
+                return self._unfinished.popleft()
             plan = None if self._broken else self._batcher.schedule()
             if events := self._batcher.take_events():
                 self._deliver(events)
@@ -302,7 +381,9 @@ class StepLoop:
     def _plan_ahead(self) -> tuple[StepPlan, str] | None:
         """What will follow the step that runs, where that can be told already."""
         with self._state:
-            plan = None if self._broken else self._batcher.schedule_ahead()
+            if self._unfinished:
+                return self._unfinished.popleft()
+            plan = None if self._broken or self._interrupted else self._batcher.schedule_ahead()
             if events := self._batcher.take_events():
                 self._deliver(events)
             if plan is None:
@@ -312,12 +393,15 @@ class StepLoop:
     def _take_in(self, plan: StepPlan, result: StepResult, step_s: float, ahead: tuple[StepPlan, str] | None) -> None:
         """What a step made goes into the histories, then `ahead` may begin, then everybody hears of it."""
         with self._state:
-            self._flying = ahead
+            begins = ahead is not None and self._interrupted is None
+            self._flying = ahead if begins else None
+            if ahead is not None and not begins:
+                self._unfinished.appendleft(ahead)
             if self._broken is not None:
                 return
             self._step = plan.step
             events = self._batcher.commit(plan, result, step_s=step_s)
-            if ahead is not None:
+            if ahead is not None and begins:
                 assert self._beside is not None
                 self._begin(self._beside, *ahead)
             self._deliver([*events, *self._batcher.take_events()], step=True)

@@ -2,6 +2,13 @@
 
     open -> join -> load -> start -> (probe, status, renew ...) -> drain -> stop
 
+When a generation is over, because members were lost or others come in, what the rank holds goes on into the next one:
+
+    interrupt -> regroup -> start
+
+A rank that comes in later joins the others of its own DP group alone, loads while the engine serves, and is regrouped
+with them.
+
 The methods are synchronous and may be called from several threads: `load_progress`, `status`, `renew` and `probe`
 answer while another call works. ValueError means that the settings cannot work here, however often they are tried;
 everything else is a failure that a new attempt may cure.
@@ -14,6 +21,7 @@ import hashlib
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,10 +38,12 @@ from workers.guided import GrammarCompiler
 from workers.lease import Lease
 from workers.loop import STOPPED, Broken, StepLoop
 from workers.parallel.channel import PlanListener
+from workers.parallel.collectives import CurrentCollectives
 from workers.parallel.pulse import Pulse
+from workers.parallel.vacant import AwaitedExchange
 from workers.records import Records
 from workers.relocation import Relocation
-from workers.report import ExpertLoads, LoadReport, RankAddress, RankState, RankStatus
+from workers.report import ExpertLoads, Holdings, LoadReport, Outdated, RankAddress, RankState, RankStatus
 from workers.routing_log import RoutingLog
 from workers.runner import Runner
 from workers.session import SessionServer
@@ -42,11 +52,23 @@ from workers.step_log import StepLog
 from workers.threads import in_passing_thread
 from workers.watch import PeerWatch
 
-__all__ = ["Broken", "ExpertLoads", "LoadReport", "Rank", "RankAddress", "RankState", "RankStatus"]
+__all__ = [
+    "Broken",
+    "ExpertLoads",
+    "Holdings",
+    "LoadReport",
+    "Outdated",
+    "Rank",
+    "RankAddress",
+    "RankState",
+    "RankStatus",
+]
 
 log = logging.getLogger(__name__)
 
 _JOIN_TIMEOUT_S = 60.0
+# Between generations everybody waits: who has not come by then is not counted on.
+_REGROUP_TIMEOUT_S = 3.0
 _STOP_TIMEOUT_S = 5.0
 # Python hands the interpreter from thread to thread this often: the step loop must not wait 5 ms, the default, for
 # the session server after every operation that releases it.
@@ -79,6 +101,11 @@ class Rank:
         self._host = ""
         self._spread_experts = False
         self._generation = 0
+        self._newest = 0  # the highest generation that a leader has named, in force or not
+        self._changing = threading.Lock()  # held by whoever leaves or joins a generation
+        self._troubled = threading.Event()
+        self._trouble = ""
+        self._tensor: CurrentCollectives | None = None
         self._progress = (0, 0)
         self._listener: PlanListener | None = None
         self._membership: Membership | None = None
@@ -111,20 +138,36 @@ class Rank:
         return RankAddress(self.rank, host, self._listener.port if self._listener else 0, os.getpid())
 
     def join(self, generation: int, store_host: str, store_port: int, addresses: Sequence[RankAddress]) -> None:
-        """Meets all ranks of the engine, whose `addresses` come in order of rank; all must be called together."""
+        """Meets these ranks: the engine's, or, to come in later, those of this one's DP group.
+
+        `addresses` are in order of rank; all must be called together.
+        """
+        whole = len(addresses) == self.settings.plan.num_ranks
+        with self._changing:
+            self._meet(generation, (store_host, store_port), addresses, self._spread_experts and whole, _JOIN_TIMEOUT_S)
+            self._state = RankState.JOINED
+
+    def _meet(
+        self,
+        generation: int,
+        store: tuple[str, int],
+        addresses: Sequence[RankAddress],
+        spread_experts: bool,
+        timeout_s: float,
+    ) -> Membership:
         self._membership = Membership.join(
             self.settings,
             self.rank,
             generation=generation,
-            store=(store_host, store_port),
+            store=store,
             addresses=addresses,
             listener=self._listener,
             secret=self._secret,
-            spread_experts=self._spread_experts,
-            timeout_s=_JOIN_TIMEOUT_S,
+            spread_experts=spread_experts,
+            timeout_s=timeout_s,
         )
-        self._generation = generation
-        self._state = RankState.JOINED
+        self._generation = self._newest = generation
+        return self._membership
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> LoadReport:
         """Reads the weights and makes the cache; all ranks of a DP group must be called together."""
@@ -137,8 +180,14 @@ class Rank:
                 progress(done, total)
 
         groups = self._membership.groups
+        expert = groups.expert
+        if expert is None and self._spread_experts:
+            expert = AwaitedExchange(self.rank, self.settings.plan.expert)
+        tensor = groups.tensor
+        if self._spread_experts:
+            tensor = self._tensor = CurrentCollectives(tensor)
         self._runner = in_passing_thread(
-            lambda: assemble(self.settings, self.place, groups.tensor, expert=groups.expert, progress=note), "load"
+            lambda: assemble(self.settings, self.place, tensor, expert=expert, progress=note), "load"
         )
         self._state = RankState.LOADED
         report = self._runner.report
@@ -156,23 +205,133 @@ class Rank:
         return self._progress
 
     def start(self) -> str | None:
-        """Begins to run steps; the address of the session server at the first rank of a DP group."""
+        """Runs steps from now on; the address of the session server at the first rank of a DP group."""
         membership, runner = self._membership, self._runner
         assert membership is not None, "start before join"
         assert runner is not None, "start before load"
+        if self._loop is not None or self._follower is not None:
+            return self._go_on(membership, runner)
         address = None
         if self.place.first_in_group:
             address = self._lead(membership, runner)
         else:
             self._follow(membership, runner)
-        if self.settings.plan.group_size > 1:
-            self._watch = membership.watch(self.settings, self._peer_gone)
-            self._watch.start()
+        self._watch_peers(membership)
         # What is alive now lives long: the collector need not walk through it between steps.
         gc.collect()
         gc.freeze()
         self._state = RankState.RUNNING
         return address
+
+    def trouble(self, generation: int, timeout_s: float) -> str:
+        """Waits until this rank can run no step of `generation` any more, and says why; empty after `timeout_s`."""
+        if self._generation == generation and not self._troubled.wait(timeout_s):
+            return ""
+        return self._trouble or f"generation {generation} is over"
+
+    def interrupt(self, generation: int, timeout_s: float) -> Holdings:
+        """Ends the generation in force, for `generation` to follow: the step in progress ends or fails, none begins,
+        and the groups are left. Sequences, cache and experts stay. What experts these are.
+
+        Raises Outdated where a later leader has been here, TimeoutError where the step does not end in time.
+        """
+        if generation <= self._newest:
+            raise Outdated(f"generation {generation} is over: rank {self.rank} has heard of {self._newest}")
+        self._newest = generation
+        if self._session is not None:
+            # Front doors hear of it before any of them can have been told to refuse what is older.
+            self._session.renumber(generation)
+        with self._changing:
+            if not self._spread_experts:
+                return Holdings()  # groups that share no steps are not concerned
+            self._note_trouble(f"generation {generation} follows")
+            self._leave(timeout_s)
+            if self._state is RankState.RUNNING:
+                self._state = RankState.INTERRUPTED
+            return self._experts.holdings() if self._experts is not None else Holdings()
+
+    def regroup(
+        self,
+        generation: int,
+        store_host: str,
+        store_port: int,
+        addresses: Sequence[RankAddress],
+        epoch: int,
+        placements: Sequence[tuple[int, Sequence[Sequence[int]]]],
+    ) -> int:
+        """Meets the members of the next generation, between `interrupt` and `start`; bytes of experts it had to read.
+
+        `placements` names the experts of every member, in order of rank, for all layers that have any. Raises
+        ValueError where memory does not suffice for this rank's.
+        """
+        with self._changing:
+            if generation != self._newest:
+                raise Outdated(f"generation {generation} is over: rank {self.rank} has heard of {self._newest}")
+            if not self._spread_experts:
+                self._generation = generation
+                return 0
+            assert self._experts is not None, "regroup before load"
+            self._leave(_STOP_TIMEOUT_S)
+            membership = self._meet(generation, (store_host, store_port), addresses, True, _REGROUP_TIMEOUT_S)
+            exchange, experts = membership.groups.expert, self._experts
+            assert exchange is not None
+            assert self._tensor is not None
+            self._tensor.follow(membership.groups.tensor)
+            places = {layer: _placement(slots) for layer, slots in placements}
+            return in_passing_thread(lambda: experts.regroup(epoch, exchange, places), "regroup-experts")
+
+    def _go_on(self, membership: Membership, runner: Runner) -> str | None:
+        """Steps of the generation that was joined since; the one that was interrupted is run again."""
+        generation = self._generation
+        if self._spread_experts:
+            self._troubled.clear()
+            self._trouble = ""
+            if self._loop is not None:
+                assert self._execution is not None
+                pulse = self._join_pulse(membership)
+                self._execution.regrouped(membership.sender, pulse)
+                if pulse is not None:
+                    pulse.start()
+                self._loop.resume(generation)
+            else:
+                self._follow(membership, runner)
+            self._watch_peers(membership)
+            self._state = RankState.RUNNING
+        elif self._loop is not None:
+            self._loop.renumber(generation)
+        return self._session_address or None
+
+    def _leave(self, timeout_s: float) -> None:
+        """Leaves the groups with all steps at rest."""
+        if self._watch is not None:
+            self._watch.end()
+        if self._loop is not None:
+            self._loop.interrupt(self._trouble)
+        self._leave_groups()
+        if self._loop is not None and not self._loop.rest(timeout_s):
+            raise TimeoutError(f"rank {self.rank}: a step did not end in {timeout_s:g} s")
+        if self._follower is not None and not self._follower.stop(timeout_s):
+            raise TimeoutError(f"rank {self.rank}: a step did not end in {timeout_s:g} s")
+        if self._tensor is not None:
+            self._tensor.leave()
+        if self._membership is not None:
+            self._membership.close()
+        self._membership = self._pulse = self._watch = None
+
+    def _note_trouble(self, reason: str) -> None:
+        if not self._troubled.is_set():
+            self._trouble = reason
+            self._troubled.set()
+
+    def _interrupted(self, reason: str) -> None:
+        """From the step loop: others must not wait for this rank, and the leader hears of it."""
+        self._leave_groups()
+        self._note_trouble(reason)
+
+    def _watch_peers(self, membership: Membership) -> None:
+        if self.settings.plan.group_size > 1:
+            self._watch = membership.watch(self.settings, self._peer_gone)
+            self._watch.start()
 
     def probe(self, timeout_s: float) -> float:
         """Seconds that a real token took through every rank of this first rank's group.
@@ -191,11 +350,12 @@ class Rank:
         return RankStatus(
             rank=self.rank,
             dp_group=self.place.dp_group,
-            state=RankState.BROKEN if reason and self._state is RankState.RUNNING else self._state,
-            reason=reason or "",
+            state=self._state_now(reason),
+            reason=reason or self._trouble,
             host=self._host,
             pid=os.getpid(),
             generation=self._generation,
+            newest_generation=self._newest,
             device=report.device if report else settings.device,
             dtype=settings.dtype,
             threads=settings.num_threads,
@@ -208,11 +368,19 @@ class Rank:
             dispatch=report.dispatch if report else "",
             kernels=report.kernels if report else "",
             session=self._session_address,
+            plan_port=self._listener.port if self._listener is not None else 0,
             load=self._loop.load if self._loop is not None else None,
             expert_epoch=experts.epoch if experts else 0,
             expert_tokens=sum(map(sum, experts.counts)) if experts else 0,
             warnings=(f"rank {self.rank}: collectives over {kind}",) if kind.startswith("gloo (") else (),
         )
+
+    def _state_now(self, reason: str | None) -> RankState:
+        if self._state not in (RankState.RUNNING, RankState.INTERRUPTED):
+            return self._state
+        if reason:
+            return RankState.BROKEN
+        return RankState.INTERRUPTED if self._troubled.is_set() else self._state
 
     def renew(self, lease_s: float) -> None:
         """Keeps the process alive for `lease_s` from now; without a first call it lives on."""
@@ -230,10 +398,7 @@ class Rank:
         """
         if self._experts is None:
             raise ValueError("experts move between DP groups only, and this engine shares none")
-        places = {
-            layer: ExpertPlacement(max(map(max, slots)) + 1, tuple(map(tuple, slots))) for layer, slots in placements
-        }
-        experts = self._experts
+        experts, places = self._experts, {layer: _placement(slots) for layer, slots in placements}
         return in_passing_thread(lambda: experts.stage(epoch, places), "stage-experts")
 
     def switch_experts(self, epoch: int, timeout_s: float) -> None:
@@ -348,7 +513,8 @@ class Rank:
             rank=self.rank,
             clock=time.monotonic,
             company=self._execution,
-            on_broken=self._leave_groups,
+            on_broken=self._broke,
+            on_interrupted=self._interrupted if self._spread_experts else None,
             overlap=settings.overlap,
             on_step=None if self._step_log is None else self._step_log.record,
         )
@@ -391,6 +557,11 @@ class Rank:
         if self._loop is not None:
             self._loop.wake()
 
+    def _broke(self) -> None:
+        self._leave_groups()
+        assert self._loop is not None
+        self._note_trouble(self._loop.reason or "")
+
     def _leave_groups(self) -> None:
         """Lets every rank that shares steps with this one know that it takes none any more."""
         if self._membership is not None:
@@ -402,15 +573,30 @@ class Rank:
 
     def _follow(self, membership: Membership, runner: Runner) -> None:
         assert membership.receiver is not None
-        self._follower = Follower(runner, membership.receiver, rank=self.rank, experts=runner.experts)
+        self._follower = Follower(
+            runner, membership.receiver, rank=self.rank, experts=runner.experts, on_end=self._note_trouble
+        )
         self._follower.start()
 
     def _peer_gone(self, reason: str) -> None:
-        """At the first rank this ends the loop; a follower's own thread sees that its channel has ended."""
-        if self._loop is not None:
+        """At the first rank this ends the loop, or interrupts it where whole groups may go on without the peer; a
+        follower's own thread sees that its channel has ended."""
+        if self._loop is None:
+            return
+        if self._spread_experts:
+            self._loop.interrupt(reason)
+        else:
             self._loop.fail(reason)
 
     def _reason(self) -> str | None:
-        source = self._loop or self._follower
-        reason = source.reason if source is not None else None
+        """Why no step will ever run again. A follower whose group may be regrouped waits for that."""
+        reason = None
+        if self._loop is not None:
+            reason = self._loop.reason
+        elif self._follower is not None and not self._spread_experts:
+            reason = self._follower.reason
         return None if reason == STOPPED else reason
+
+
+def _placement(slots: Sequence[Sequence[int]]) -> ExpertPlacement:
+    return ExpertPlacement(max(map(max, slots)) + 1, tuple(map(tuple, slots)))

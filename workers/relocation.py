@@ -2,6 +2,7 @@
 
     stage      every rank reads what it lacks of a new placement and keeps it beside the running model
     switch     every rank changes over before the same step; what its slots keep is not touched
+    regroup    between two generations, other ranks: what only lost ones held is read now
 
 Each staged placement has a number, its epoch. What decides on the step is not here: the first ranks agree by their
 common beat (`parallel/pulse.py`), and each tells its followers with the step's plan.
@@ -22,7 +23,8 @@ from workers.memory import free_bytes
 from workers.model.experts import Expert
 from workers.model.moe import MoE
 from workers.parallel.all_to_all import AllToAllDispatch
-from workers.report import ExpertLoads
+from workers.parallel.exchange import Exchange
+from workers.report import ExpertLoads, Holdings
 from workers.weights.experts import ExpertReader
 
 __all__ = ["Relocation"]
@@ -79,24 +81,40 @@ class Relocation:
             base = self.epoch
             now = {number: self._dispatch_of(number, placement) for number, placement in placements.items()}
         dispatches = {number: now[number].relocated(placement) for number, placement in placements.items()}
-        wanted = [
-            (number, expert)
-            for number, dispatch in dispatches.items()
-            for expert in dispatch.held
-            if expert not in now[number].held
-        ]
-        size_bytes = self._check_memory(wanted)
-        read: dict[tuple[int, int], Expert] = {}
-        for number, expert, gate_up, down in self._reader.read(wanted):
-            read[number, expert] = self._mixtures[number].experts.build(gate_up, down)
-        layers = {}
-        for number, dispatch in dispatches.items():
-            held = {expert: slot for slot, expert in enumerate(now[number].held)}
-            slots = (held[expert] if expert in held else read[number, expert] for expert in dispatch.held)
-            layers[number] = _Layer(dispatch, tuple(slots))
+        size_bytes, layers = self._prepare(now, dispatches)
         with self._changed:
             self._staged = {epoch: _Staged(base, layers)}  # what a leader before this one left is given up
-        log.info("experts of epoch %d: %d read in %.2f s", epoch, len(wanted), time.monotonic() - started_s)
+        log.info("experts of epoch %d: %d bytes read in %.2f s", epoch, size_bytes, time.monotonic() - started_s)
+        return size_bytes
+
+    def holdings(self) -> Holdings:
+        """What this rank has in memory, whatever placement the others may follow."""
+        with self._changed:
+            dispatches = [_dispatch(mixture) for mixture in self._mixtures.values()]
+            return Holdings(
+                epoch=self.epoch,
+                layers=tuple(self._mixtures),
+                experts=tuple(dispatch.held for dispatch in dispatches),
+                num_experts=dispatches[0].placement.num_experts if dispatches else 0,
+            )
+
+    @torch.inference_mode()
+    def regroup(self, epoch: int, exchange: Exchange, placements: Mapping[int, ExpertPlacement]) -> int:
+        """Puts new placements of all layers in force, among the ranks of `exchange`; the bytes that had to be read.
+
+        For a rank at rest. Raises ValueError, and changes nothing, where memory does not suffice.
+        """
+        assert placements.keys() == self._mixtures.keys()
+        with self._changed:
+            now = {number: _dispatch(mixture) for number, mixture in self._mixtures.items()}
+        dispatches = {number: now[number].regrouped(exchange, placement) for number, placement in placements.items()}
+        size_bytes, layers = self._prepare(now, dispatches)
+        with self._changed:
+            self._ended = False
+            self._put(layers)
+            self.epoch = max(epoch, self.epoch)
+            self._staged.clear()
+            self._changed.notify_all()
         return size_bytes
 
     def check(self, epoch: int) -> None:
@@ -106,10 +124,7 @@ class Relocation:
 
     def switch(self, epoch: int) -> None:
         with self._changed:
-            staged = self._ready(epoch)
-            for number, layer in staged.layers.items():
-                mixture = self._mixtures[number]
-                mixture.relocate(layer.dispatch, mixture.experts.rearranged(layer.slots))
+            self._put(self._ready(epoch).layers)
             self.epoch = epoch
             # Whatever else was staged refers to slots that are no more.
             self._staged.clear()
@@ -130,6 +145,32 @@ class Relocation:
         with self._changed:
             self._ended = True
             self._changed.notify_all()
+
+    def _prepare(
+        self, now: Mapping[int, AllToAllDispatch], wanted: Mapping[int, AllToAllDispatch]
+    ) -> tuple[int, dict[int, _Layer]]:
+        """Reads what this rank lacks of the wanted dispatches; its bytes, and the layers as they will be."""
+        missing = [
+            (number, expert)
+            for number, dispatch in wanted.items()
+            for expert in dispatch.held
+            if expert not in now[number].held
+        ]
+        size_bytes = self._check_memory(missing) if missing else 0
+        read: dict[tuple[int, int], Expert] = {}
+        for number, expert, gate_up, down in self._reader.read(missing) if missing else ():
+            read[number, expert] = self._mixtures[number].experts.build(gate_up, down)
+        layers = {}
+        for number, dispatch in wanted.items():
+            held = {expert: slot for slot, expert in enumerate(now[number].held)}
+            slots = (held[expert] if expert in held else read[number, expert] for expert in dispatch.held)
+            layers[number] = _Layer(dispatch, tuple(slots))
+        return size_bytes, layers
+
+    def _put(self, layers: Mapping[int, _Layer]) -> None:
+        for number, layer in layers.items():
+            mixture = self._mixtures[number]
+            mixture.relocate(layer.dispatch, mixture.experts.rearranged(layer.slots))
 
     def _ready(self, epoch: int) -> _Staged:
         staged = self._staged.get(epoch)

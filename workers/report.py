@@ -7,7 +7,11 @@ from enum import StrEnum
 
 from scheduler.batcher import BatcherLoad
 
-__all__ = ["ExpertLoads", "LoadReport", "RankAddress", "RankState", "RankStatus"]
+__all__ = ["ExpertLoads", "Holdings", "LoadReport", "Outdated", "RankAddress", "RankState", "RankStatus"]
+
+
+class Outdated(RuntimeError):
+    """Somebody speaks for a generation that is over."""
 
 
 class RankState(StrEnum):
@@ -19,6 +23,7 @@ class RankState(StrEnum):
     LOADING = "loading"
     LOADED = "loaded"
     RUNNING = "running"
+    INTERRUPTED = "interrupted"  # its generation is over; with all it holds it waits for the next one
     BROKEN = "broken"  # its group failed; it answers, and will run no step
     STOPPED = "stopped"
 
@@ -59,8 +64,18 @@ class ExpertLoads:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Holdings:
+    """The routed experts in this rank's memory: of each layer, in the order of its slots."""
+
+    epoch: int = 0
+    layers: tuple[int, ...] = ()
+    experts: tuple[tuple[int, ...], ...] = ()
+    num_experts: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RankStatus:
-    """A rank at this moment; what is not known yet is empty. `reason` says why a rank is broken."""
+    """A rank at this moment; what is not known yet is empty. `reason` says why a rank is broken or interrupted."""
 
     rank: int
     dp_group: int
@@ -69,6 +84,7 @@ class RankStatus:
     host: str
     pid: int
     generation: int
+    newest_generation: int = 0  # that a leader has named, in force or not
     device: str
     dtype: str
     threads: int
@@ -81,6 +97,7 @@ class RankStatus:
     dispatch: str = ""  # how rows reach their experts; empty for a model without
     kernels: str = ""
     session: str = ""  # host:port at the first rank of a DP group
+    plan_port: int = 0  # as in its address
     load: BatcherLoad | None = None
     expert_epoch: int = 0  # which placement of the routed experts is in force; 0 is the first
     expert_tokens: int = 0  # expert choices of the group's tokens since the start, over all layers

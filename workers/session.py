@@ -128,6 +128,10 @@ class SessionServer(session_pb2_grpc.DPGroupServicer):
         self._call(self._end)
         self._thread.join()
 
+    def renumber(self, generation: int) -> None:
+        """What is sent from now on is of `generation`; every front door hears of it at once. From any thread."""
+        self._call(self._renumber, generation)
+
     def deliver(self, batch: StepBatch) -> None:
         """From the step loop: one hand-over per step."""
         self._call(self._spread, batch)
@@ -135,6 +139,11 @@ class SessionServer(session_pb2_grpc.DPGroupServicer):
     def broken(self) -> None:
         """From the step loop: what was delivered still goes out, then every stream ends as UNAVAILABLE."""
         self._call(self._break)
+
+    def _renumber(self, generation: int) -> None:
+        self._generation = generation
+        for stream in self._streams.values():
+            stream.wake.set()
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         if self._events is not None and not self._events.is_closed():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from workers.settings import EngineSettings
 
-__all__ = ["Bundles", "bundle_ranks"]
+__all__ = ["Bundles", "bundle_ranks", "bundles_of"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +36,16 @@ def bundle_ranks(settings: EngineSettings, largest_node: float) -> Bundles:
     `largest_node` is what the largest node has of the resource, used or not.
     """
     plan = settings.plan
-    resource, each = ("GPU", 1) if settings.device == "cuda" else ("CPU", settings.num_threads)
+    _, each = _share(settings)
     together = plan.tensor if each * plan.tensor <= largest_node else 1
-    return Bundles(resource=resource, each=each, ranks=together, count=plan.num_ranks // together)
+    return bundles_of(settings, plan.num_ranks // together)
+
+
+def bundles_of(settings: EngineSettings, count: int) -> Bundles:
+    """What ranks that were placed before were bundled in."""
+    resource, each = _share(settings)
+    return Bundles(resource=resource, each=each, ranks=settings.plan.num_ranks // count, count=count)
+
+
+def _share(settings: EngineSettings) -> tuple[str, int]:
+    return ("GPU", 1) if settings.device == "cuda" else ("CPU", settings.num_threads)

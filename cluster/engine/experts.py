@@ -18,12 +18,12 @@ _WORTH = 0.02
 class ExpertWatch:
     """Recent loads from the groups' counters, which only rise; a counter that falls is of another life of its rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, epoch: int = 0) -> None:
         self._layers: tuple[int, ...] = ()
         self._totals: list[list[int]] = []
         self._recent: list[list[float]] = []
         self._placements: list[ExpertPlacement] = []
-        self.epoch = 0
+        self.epoch = epoch
 
     def see(self, reports: Sequence[ExpertLoads]) -> None:
         """One report of every DP group."""
@@ -59,7 +59,9 @@ class ExpertWatch:
     def wanted(self, num_hosts: int) -> Iterator[tuple[int, ExpertPlacement]]:
         """A better placement for each layer that would gain by one."""
         for layer, loads, current in zip(self._layers, self._recent, self._placements, strict=True):
-            redundant = sum(map(len, current.slots)) - current.num_experts
+            # While ranks are missing their slots may not divide by those that are there.
+            num_slots = sum(map(len, current.slots)) // current.num_ranks * current.num_ranks
+            redundant = max(0, num_slots - current.num_experts)
             placement = balanced(loads, current.num_ranks, redundant=redundant, num_hosts=num_hosts)
             now, then = (imbalance(rank_loads(place, loads)) for place in (current, placement))
             if now - then > _WORTH:

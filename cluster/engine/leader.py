@@ -1,4 +1,4 @@
-"""The leader of one engine: brings the ranks up, watches them, and starts them again when one is lost.
+"""The leader of one engine: brings the ranks up, watches them, and closes up those that are left when some are lost.
 
 It is never on the way of a token. What it knows is in its ranks, so another leader can take over at any time.
 """
@@ -9,12 +9,17 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from cluster.engine.asking import ask_all, ask_each
 from cluster.engine.experts import ExpertWatch
+from cluster.engine.members import Members
+from cluster.engine.pace import Pace
 from cluster.engine.ranks import Rank, RankLost, RankRefused, Ranks
+from cluster.engine.regroup import NoRoom, Regroup
+from cluster.engine.returning import Returning
 from cluster.engine.states import EngineEvent, EngineState, after
+from cluster.engine.status import LastRegroup, engine_status
 from cluster.front_door.groups import GroupAddress
 from protos.shoal.v1 import admin_pb2
 from scheduler.experts import ExpertPlacement
@@ -26,24 +31,6 @@ __all__ = ["Leader", "Pace", "StoreHost"]
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pace:
-    """How often the leader looks, and how long it waits."""
-
-    renew_every_s: float = 1.0
-    rank_lease_s: float = 30.0
-    probe_every_s: float = 5.0
-    probe_timeout_s: float = 20.0
-    call_timeout_s: float = 10.0
-    start_timeout_s: float = 120.0
-    progress_every_s: float = 0.5
-    look_every_s: float = 5.0
-    move_timeout_s: float = 30.0
-    first_backoff_s: float = 0.5
-    most_backoff_s: float = 15.0
-    max_starts: int = 5  # in a row, without becoming ready
 
 
 class StoreHost(Protocol):
@@ -72,10 +59,15 @@ class Leader:
         self._on_change = on_change
         self._pace = pace or Pace()
         self._store: StoreHost | None = None
-        self._members: Sequence[Rank] = ()
-        self._sessions: tuple[str, ...] = ()
+        self._members = Members(plan=settings.plan)
         self._statuses: Sequence[RankStatus] = ()
         self._experts = ExpertWatch()
+        self._newest = generation  # the highest generation ever given out
+        self._waits = False  # for ranks without which nobody can go on
+        self._last: LastRegroup | None = None
+        self._returning = Returning(
+            settings, ranks, self._pace, store=self._meeting_place, next_generation=self._next_generation
+        )
         self.state = EngineState.PLACING
         self.generation = generation
         self.progress = 0.0
@@ -86,21 +78,22 @@ class Leader:
     async def run(self) -> None:
         """Until it is cancelled, or the engine has failed for good. Cancelling leaves the ranks as they are."""
         starts = 0
-        while True:
-            try:
-                await self._bring_up()
-                starts = 0
-                await self._keep()
-            except (RankLost, RankRefused) as error:
-                starts += 1
-                # What has been ready can be again, whatever it says now.
-                if isinstance(error, RankRefused) and self.state is not EngineState.READY:
-                    self.refused = True
-                    await self._fail(str(error))
-                else:
-                    await self._restart(str(error), starts)
-            if self.state is EngineState.FAILED:
-                return
+        try:
+            while self.state is not EngineState.FAILED:
+                try:
+                    await self._bring_up()
+                    starts = 0
+                    await self._serve()
+                except (RankLost, RankRefused) as error:
+                    starts += 1
+                    # What has been ready can be again, whatever it says now.
+                    if isinstance(error, RankRefused) and self.state is not EngineState.READY:
+                        self.refused = True
+                        await self._fail(str(error))
+                    else:
+                        await self._restart(str(error), starts)
+        finally:
+            await self._returning.end()
 
     async def drain(self, timeout_s: float) -> None:
         """Lets the ranks finish what they have, at most `timeout_s`."""
@@ -115,87 +108,115 @@ class Leader:
         await self._ranks.clear()
 
     def groups(self) -> tuple[GroupAddress, ...]:
-        """The DP groups that take requests now."""
-        if self.state is not EngineState.READY:
+        """The DP groups that take requests now. While others close up, those that go on do."""
+        if self._waits or self.state not in (EngineState.READY, EngineState.REGROUPING):
             return ()
         engine, generation = self._settings.engine, self.generation
-        return tuple(_group(engine, index, generation, target) for index, target in enumerate(self._sessions))
+        return tuple(_group(engine, index, generation, target) for index, target in self._members.sessions.items())
 
     def status(self) -> admin_pb2.EngineStatus:
         """For `shoal status`; the groups' loads are the front doors' to fill in."""
-        settings = self._settings
-        status = admin_pb2.EngineStatus(
-            name=settings.engine,
-            state=self.state,
-            generation=self.generation,
-            plan=str(settings.plan),
-            dtype=settings.dtype,
-            quantization=settings.quantization,
+        return engine_status(
+            self._settings,
+            str(self.state),
+            self.generation,
+            self._members,
+            self._statuses,
+            self._experts,
+            self._returning.joining,
+            self._last,
         )
-        for index, target in enumerate(self._sessions):
-            status.dp_groups.add(index=index, address=target)
-        if self._statuses:
-            status.collectives = self._statuses[0].collectives
-            status.kernels = self._statuses[0].kernels
-            status.dispatch = self._statuses[0].dispatch
-            status.load_s = max(report.load_s for report in self._statuses)
-        tokens = self._experts.rank_tokens
-        if tokens:
-            status.expert_imbalance, status.expert_epoch = self._experts.imbalance, self._experts.epoch
-        for report in self._statuses:
-            # With experts that move there is one stage, whose ranks are all there are.
-            _add_rank(status, report, tokens[report.rank] if tokens else 0.0)
-        return status
 
     async def _bring_up(self) -> None:
-        adopted = await self._adopt()
-        if not adopted:
+        if await self._adopt():
+            how = ", adopted"
+        else:
+            how = ""
             await self._form()
-        await self._probe()
-        self._statuses = await self._all(lambda rank: rank.status(), self._pace.call_timeout_s)
+        if self.state is not EngineState.READY:
+            await self._first_probe(adopted=bool(how))
+        log.info("%s is ready (generation %d%s)", self._settings.engine, self.generation, how)
+
+    async def _first_probe(self, *, adopted: bool) -> None:
+        try:
+            await self._probe()
+            self._statuses = await self._ask_statuses()
+        except (RankLost, RankRefused) as error:
+            if not adopted or self._settings.plan.data == 1:
+                raise
+            await self._regroup(str(error), self._members)
+            return
         self.progress = 1.0
         self.error = ""
         self._advance(EngineEvent.ANSWERED)
-        log.info("%s is ready (generation %d%s)", self._settings.engine, self.generation, ", adopted" * adopted)
 
     async def _adopt(self) -> bool:
-        """Takes over the ranks of an earlier leader, if all of them run in one generation."""
-        members = await self._ranks.adopt()
-        if not members:
+        """Takes over what lives of the ranks of an earlier leader, where that is at least one whole DP group."""
+        ranks = await self._ranks.adopt()
+        if not ranks:
             await self._ranks.clear()
             return False
-        self._members = members
-        try:
-            statuses = await self._all(lambda rank: rank.status(), self._pace.call_timeout_s)
-        except (RankLost, RankRefused) as error:
-            log.info("%s: ranks of an earlier leader are not taken over: %s", self._settings.engine, error)
-            statuses = ()
-        generations = {status.generation for status in statuses}
-        if not statuses or len(generations) > 1 or any(status.state is not RankState.RUNNING for status in statuses):
+        answers, silent = await ask_each(ranks, lambda rank: rank.status(), self._pace.call_timeout_s)
+        self._newest = max([self._newest, *(status.newest_generation for status in answers.values())])
+        self._newest = max([self._newest, *(status.generation for status in answers.values())])
+        fit = {
+            number: status
+            for number, status in answers.items()
+            if status.state in (RankState.RUNNING, RankState.INTERRUPTED)
+        }
+        whole = self._known(ranks, fit).whole(fit)
+        as_it_is = len({status.generation for status in fit.values()}) == 1 and not any(
+            fit[number].state is RankState.INTERRUPTED for number in whole.ranks
+        )
+        if not whole.ranks or not (as_it_is or self._settings.plan.data > 1):
+            log.info("%s: ranks of an earlier leader are not taken over: %s", self._settings.engine, silent or fit)
             await self._ranks.clear()
             return False
-        self.generation = generations.pop()
-        self._sessions = tuple(status.session for status in statuses if status.session)
-        self._advance(EngineEvent.ADOPTED)
+        for number in ranks.keys() - whole.ranks.keys():
+            status = answers.get(number)
+            await self._ranks.fence(number, None if status is None else _address(status))
+        self._members = whole
+        self.generation = max(fit[number].generation for number in whole.ranks)
+        if as_it_is:
+            self._statuses = [fit[number] for number in whole.ranks]
+            self._advance(EngineEvent.ADOPTED)
+        else:
+            await self._regroup("the leader died while ranks were lost", whole)
         return True
+
+    def _known(self, ranks: dict[int, Rank], statuses: dict[int, RankStatus]) -> Members:
+        """Members as their statuses tell of them."""
+        place = self._settings.plan.place
+        return Members(
+            plan=self._settings.plan,
+            ranks={number: ranks[number] for number in statuses},
+            addresses={number: _address(status) for number, status in statuses.items()},
+            sessions={place(number).dp_group: one.session for number, one in statuses.items() if one.session},
+        )
 
     async def _form(self) -> None:
         """Places, joins, loads and starts all ranks in a new generation."""
-        pace = self._pace
-        self.generation += 1
+        pace, plan = self._pace, self._settings.plan
+        self.generation = self._next_generation()
         self.progress = 0.0
         self._experts = ExpertWatch()
-        self._sessions = ()
-        self._members = await self._ranks.place()
+        self._members = Members(plan=plan, ranks=await self._ranks.place())
         addresses = await self._all(lambda rank: rank.open(), pace.start_timeout_s)
+        self._members = Members(plan=plan, ranks=self._members.ranks, addresses=addresses)
         self._advance(EngineEvent.PLACED)
-        store = await self._meeting_place(addresses)
-        await self._all(lambda rank: rank.join(self.generation, store, addresses), pace.start_timeout_s)
+        others = list(addresses.values())
+        store = await self._meeting_place(others)
+        await self._all(lambda rank: rank.join(self.generation, store, others), pace.start_timeout_s)
         self._advance(EngineEvent.JOINED)
         await self._load()
         self._advance(EngineEvent.LOADED)
-        sessions = await self._all(lambda rank: rank.start(), pace.start_timeout_s)
-        self._sessions = tuple(session for session in sessions if session)
+        started = await self._all(lambda rank: rank.start(), pace.start_timeout_s)
+        sessions = {plan.place(number).dp_group: session for number, session in started.items() if session}
+        self._members = Members(plan=plan, ranks=self._members.ranks, addresses=addresses, sessions=sessions)
+
+    def _next_generation(self) -> int:
+        self._newest += 1
+        return self._newest
 
     async def _meeting_place(self, addresses: Sequence[RankAddress]) -> tuple[str, int]:
         """One rank meets nobody. The store outlives generations; each has its own part of it."""
@@ -210,7 +231,7 @@ class Leader:
         try:
             while not loading.done():
                 await asyncio.wait({loading}, timeout=self._pace.progress_every_s)
-                counts = await self._all(lambda rank: rank.load_progress(), self._pace.start_timeout_s)
+                counts = (await self._all(lambda rank: rank.load_progress(), self._pace.start_timeout_s)).values()
                 whole = sum(total for _, total in counts)
                 self.progress = sum(done for done, _ in counts) / whole if whole else 0.0
                 self._on_change()
@@ -219,48 +240,133 @@ class Leader:
                 loading.cancel()
         await loading
 
-    async def _keep(self) -> None:
-        """Renews the ranks' leases and asks for a token now and then; ends by RankLost."""
-        watch = [asyncio.create_task(rank.lost()) for rank in self._members]
-        renewing = asyncio.create_task(self._every(self._pace.renew_every_s, self._renew))
-        probing = asyncio.create_task(self._every(self._pace.probe_every_s, self._probe))
-        tasks = {*watch, renewing, probing}
+    async def _serve(self) -> None:
+        """Until no DP group is left to go on: RankLost."""
+        while True:
+            try:
+                joining = await self._keep()
+                cause = "ranks " + ", ".join(map(str, joining.ranks)) + " are back"
+            except (RankLost, RankRefused) as error:
+                if self._settings.plan.data == 1:
+                    raise
+                joining, cause = Members(plan=self._settings.plan), str(error)
+            await self._regroup(cause, self._members.joined(joining))
+
+    async def _keep(self) -> Members:
+        """Renews the ranks' leases and asks for a token now and then; the groups that have come back meanwhile.
+
+        Raises RankLost where ranks are lost, or can run no step any more.
+        """
+        ranks, generation = self._members.ranks, self.generation
+        returning = self._returning.want(self._members.missing_groups)
+        tasks = {asyncio.create_task(rank.lost()) for rank in ranks.values()}
+        tasks |= {asyncio.create_task(_troubled(rank, number, generation)) for number, rank in ranks.items()}
+        tasks.add(asyncio.create_task(self._every(self._pace.renew_every_s, self._renew)))
+        tasks.add(asyncio.create_task(self._every(self._pace.probe_every_s, self._probe)))
         if self._settings.plan.data > 1:
             tasks.add(asyncio.create_task(self._every(self._pace.look_every_s, self._look_at_experts)))
             if balance := self._settings.expert_balance:
                 tasks.add(asyncio.create_task(self._every(balance.interval_s, self._balance_experts)))
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
+            done, _ = await asyncio.wait(tasks | returning, return_when=asyncio.FIRST_COMPLETED)
+            for task in done & tasks:
                 task.result()
+            return self._returning.take()
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _every(self, period_s: float, act: Callable[[], Awaitable[None]]) -> None:
+    async def _regroup(self, cause: str, members: Members) -> None:
+        """Raises RankLost where nobody is left, or it does not succeed."""
+        log.warning("%s: regrouping: %s", self._settings.engine, cause)
+        started_s = asyncio.get_running_loop().time()
+        self.error = cause
+        self._advance(EngineEvent.INTERRUPTED)
+        regroup = Regroup(
+            self._settings,
+            self._ranks,
+            self._pace,
+            store=self._meeting_place,
+            next_generation=self._next_generation,
+            on_members=self._left,
+        )
+        while True:
+            try:
+                done = await regroup.run(members)
+                break
+            except NoRoom as error:
+                members = self._members.joined(await self._wait_for_ranks(error))
+        self._waits = False
+        self._members, self.generation = done.members, done.generation
+        self._experts = ExpertWatch(done.epoch)
+        # Whoever does not answer now shows as soon as the members are watched again.
+        answers, _ = await ask_each(done.members.ranks, lambda rank: rank.status(), self._pace.answer_timeout_s)
+        self._statuses = list(answers.values())
+        seconds = asyncio.get_running_loop().time() - started_s
+        self._last = LastRegroup(1 if self._last is None else self._last.number + 1, cause, seconds)
+        self.progress, self.error = 1.0, ""
+        log.warning(
+            "%s: generation %d of ranks %s after %.2f s, %d bytes of experts read",
+            self._settings.engine,
+            self.generation,
+            list(done.members.ranks),
+            seconds,
+            done.bytes_read,
+        )
+        self._advance(EngineEvent.REGROUPED)
+
+    def _left(self, members: Members) -> None:
+        """Those that were lost leave the roster at once: what they were answering is answered elsewhere."""
+        sessions = {group: one for group, one in self._members.sessions.items() if group in members.sessions}
+        self._members = Members(plan=members.plan, ranks=members.ranks, addresses=members.addresses, sessions=sessions)
+        self._on_change()
+
+    async def _wait_for_ranks(self, error: NoRoom) -> Members:
+        """The members hold what they have until others come back."""
+        if not self._members.missing:
+            raise RankLost(str(error))
+        self._waits = True
+        self.error = f"the experts of ranks {list(self._members.missing)} fit nowhere until these are back: {error}"
+        log.error("%s: %s", self._settings.engine, self.error)
+        self._on_change()
+        renewing = asyncio.create_task(self._every(self._pace.renew_every_s, self._renew_leases))
+        try:
+            tasks = self._returning.want(self._members.missing_groups)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return self._returning.take()
+        finally:
+            renewing.cancel()
+
+    async def _every(self, period_s: float, act: Callable[[], Awaitable[object]]) -> None:
         while True:
             await asyncio.sleep(period_s)
             await act()
 
+    async def _renew_leases(self) -> None:
+        """Whoever does not answer shows elsewhere."""
+        lease_s = self._pace.rank_lease_s
+        await ask_each(self._members.ranks, lambda rank: rank.renew(lease_s), self._pace.call_timeout_s)
+
     async def _renew(self) -> None:
         """Also asks how the ranks are: one whose group has failed answers, and runs no step any more."""
         await self._all(lambda rank: rank.renew(self._pace.rank_lease_s), self._pace.call_timeout_s)
-        self._statuses = await self._all(lambda rank: rank.status(), self._pace.call_timeout_s)
+        self._statuses = await self._ask_statuses()
         for status in self._statuses:
             if status.state is not RankState.RUNNING:
                 raise RankLost(f"rank {status.rank} is {status.state}" + f": {status.reason}" * bool(status.reason))
 
+    async def _ask_statuses(self) -> Sequence[RankStatus]:
+        return list((await self._all(lambda rank: rank.status(), self._pace.call_timeout_s)).values())
+
     async def _probe(self) -> None:
         timeout_s = self._pace.probe_timeout_s
-        leaders = self._members[:: self._settings.plan.group_size]
-        await self._all(lambda rank: rank.probe(timeout_s), timeout_s + self._pace.call_timeout_s, leaders)
+        await ask_all(self._members.firsts, lambda rank: rank.probe(timeout_s), timeout_s + self._pace.call_timeout_s)
         self.probed_at_s = asyncio.get_running_loop().time()
 
     async def _look_at_experts(self) -> None:
-        firsts = self._members[:: self._settings.plan.group_size]
-        answers = await self._all(lambda rank: rank.expert_loads(), self._pace.call_timeout_s, firsts)
-        reports = [answer for answer in answers if answer is not None]
+        answers = await ask_all(self._members.firsts, lambda rank: rank.expert_loads(), self._pace.call_timeout_s)
+        reports = [answer for answer in answers.values() if answer is not None]
         if reports:
             self._experts.see(reports)
             self._on_change()
@@ -289,13 +395,15 @@ class Leader:
         await self._all(lambda rank: rank.switch_experts(epoch, timeout_s), timeout_s + self._pace.call_timeout_s)
 
     async def _restart(self, reason: str, starts: int) -> None:
-        """A lost rank takes the others with it: what they hold is only consistent together."""
+        """Where no DP group can go on without the lost ranks: what the others hold is of no use then."""
         if starts > self._pace.max_starts:
             await self._fail(f"gave up after {starts - 1} starts, the last of which ended so: {reason}")
             return
         log.warning("%s: %s; starting all ranks again", self._settings.engine, reason)
         self.error = reason
+        self._waits = False
         self._advance(EngineEvent.LOST)
+        await self._returning.end()
         await self._ranks.clear()
         if starts > 1:
             await asyncio.sleep(min(self._pace.most_backoff_s, self._pace.first_backoff_s * 2 ** (starts - 2)))
@@ -307,19 +415,9 @@ class Leader:
         await self._ranks.clear()
         self._advance(EngineEvent.REFUSED)
 
-    async def _all(
-        self, ask: Callable[[Rank], Awaitable[T]], timeout_s: float, ranks: Sequence[Rank] | None = None
-    ) -> Sequence[T]:
-        """Every rank's answer, in order. The first failure counts, and silence is one."""
-        tasks = [asyncio.ensure_future(ask(rank)) for rank in (self._members if ranks is None else ranks)]
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await asyncio.gather(*tasks)
-        except TimeoutError:
-            raise RankLost(f"no answer from every rank in {timeout_s:g} s") from None
-        finally:
-            for task in tasks:
-                task.cancel()
+    async def _all(self, ask: Callable[[Rank], Awaitable[T]], timeout_s: float) -> dict[int, T]:
+        """Every member's answer. The first failure counts, and silence is one."""
+        return await ask_all(self._members.ranks, ask, timeout_s)
 
     def _advance(self, event: EngineEvent) -> None:
         before, self.state = self.state, after(self.state, event)
@@ -350,14 +448,10 @@ def _num_hosts(hosts: Sequence[str]) -> int:
     return found if even else 1
 
 
-def _add_rank(status: admin_pb2.EngineStatus, report: RankStatus, expert_tokens: float) -> None:
-    status.ranks.add(
-        rank=report.rank,
-        node=report.host,
-        pid=report.pid,
-        device=report.device,
-        threads=report.threads,
-        weight_bytes=report.weight_bytes,
-        cache_bytes=report.cache_bytes,
-        expert_tokens=expert_tokens,
-    )
+def _address(status: RankStatus) -> RankAddress:
+    return RankAddress(status.rank, status.host, status.plan_port, status.pid)
+
+
+async def _troubled(rank: Rank, number: int, generation: int) -> None:
+    reason = await rank.trouble(generation)
+    raise RankLost(f"rank {number} was interrupted: {reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -17,16 +18,20 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.app.names import NAMESPACE, placement_name, rank_name
 from cluster.app.reap import placement_groups_of, rank_names_of, reap_engine
 from cluster.app.spec import ClusterSpec
-from cluster.engine.bundles import Bundles, bundle_ranks
+from cluster.engine.bundles import Bundles, bundle_ranks, bundles_of
+from cluster.engine.fencing import kill_process
 from cluster.engine.rank_actor import RankActor
-from cluster.engine.ranks import ExpertPlaces, Rank, RankLost, RankRefused
-from workers.report import ExpertLoads, RankAddress, RankStatus
+from cluster.engine.ranks import ExpertPlaces, Rank, RankLost, RankRefused, Superseded
+from workers.report import ExpertLoads, Holdings, Outdated, RankAddress, RankStatus
 
 __all__ = ["RayRanks"]
 
 log = logging.getLogger(__name__)
 
-_CONCURRENCY = 8  # probe, status, renew, drain and load_progress beside a call that takes long, and `outlive`
+# probe, status, renew, drain and load_progress beside a call that takes long; `outlive` and `trouble`, for this leader
+# and for some before it
+_CONCURRENCY = 16
+_WAIT_S = 30.0  # of the calls that wait for something to happen, which are then made again
 _PLACE_NOTE_S = 10.0
 _GONE_EVERY_S = 0.05
 _GONE_TIMEOUT_S = 30.0
@@ -40,16 +45,17 @@ class RayRanks:
         self._spec = spec
         self._settings = replace(spec.settings, engine=engine)
 
-    async def adopt(self) -> Sequence[Rank]:
-        names = [rank_name(self._engine, rank) for rank in range(self._settings.plan.num_ranks)]
-        if set(await asyncio.to_thread(rank_names_of, self._engine)) != set(names):
-            return ()
-        try:
-            return [_RayRank(rank, ray.get_actor(name, namespace=NAMESPACE)) for rank, name in enumerate(names)]
-        except ValueError:
-            return ()  # one ended in between
+    async def adopt(self) -> dict[int, Rank]:
+        names = set(await asyncio.to_thread(rank_names_of, self._engine))
+        found: dict[int, Rank] = {}
+        for rank in range(self._settings.plan.num_ranks):
+            name = rank_name(self._engine, rank)
+            if name in names:
+                with contextlib.suppress(ValueError):  # it ended in between
+                    found[rank] = _RayRank(rank, ray.get_actor(name, namespace=NAMESPACE))
+        return found
 
-    async def place(self) -> Sequence[Rank]:
+    async def place(self) -> dict[int, Rank]:
         plan = self._settings.plan
         bundles = bundle_ranks(self._settings, _largest_node("GPU" if self._settings.device == "cuda" else "CPU"))
         if bundles.ranks < plan.tensor:
@@ -58,7 +64,37 @@ class RayRanks:
             [bundles.bundle] * bundles.count, strategy="PACK", name=placement_name(self._engine), lifetime="detached"
         )
         await self._wait_for(group, bundles)
-        return [self._start(rank, group, bundles) for rank in range(plan.num_ranks)]
+        return {rank: self._start(rank, group, bundles) for rank in range(plan.num_ranks)}
+
+    async def replace(self, numbers: Sequence[int]) -> dict[int, Rank]:
+        names = {rank_name(self._engine, number) for number in numbers}
+        await asyncio.to_thread(self._end, names)
+        groups = await asyncio.to_thread(placement_groups_of, self._engine)
+        if not groups:
+            raise RankLost("the ranks' placement group is gone")
+        bundles = bundles_of(self._settings, groups[0].bundle_count)
+        return {number: self._start(number, groups[0], bundles) for number in numbers}
+
+    async def fence(self, number: int, address: RankAddress | None) -> None:
+        await asyncio.to_thread(self._fence, number, address)
+
+    def _fence(self, number: int, address: RankAddress | None) -> None:
+        with contextlib.suppress(ValueError):  # it is gone already
+            ray.kill(ray.get_actor(rank_name(self._engine, number), namespace=NAMESPACE))
+        # A frozen process does not hear of that.
+        if address is not None:
+            kill_process(address.host, address.pid)
+
+    def _end(self, names: set[str]) -> None:
+        """Ends ranks by their names, and waits until these can be given anew."""
+        give_up_s = time.monotonic() + _GONE_TIMEOUT_S
+        while left := names & set(rank_names_of(self._engine)):
+            for name in left:
+                with contextlib.suppress(ValueError):  # it ended in between
+                    ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+            if time.monotonic() > give_up_s:
+                raise RankLost(f"Ray did not end {sorted(left)} in {_GONE_TIMEOUT_S:g} s")
+            time.sleep(_GONE_EVERY_S)
 
     async def clear(self) -> None:
         await asyncio.to_thread(self._clear)
@@ -123,6 +159,26 @@ class _RayRank:
     async def start(self) -> str | None:
         return await self._ask(self._actor.start.remote())  # type: ignore[no-any-return]
 
+    async def trouble(self, generation: int) -> str:
+        reason = ""
+        while not reason:
+            reason = await self._ask(self._actor.trouble.remote(generation, _WAIT_S))
+        return reason
+
+    async def interrupt(self, generation: int, timeout_s: float) -> Holdings:
+        return await self._ask(self._actor.interrupt.remote(generation, timeout_s))  # type: ignore[no-any-return]
+
+    async def regroup(
+        self,
+        generation: int,
+        store: tuple[str, int],
+        addresses: Sequence[RankAddress],
+        epoch: int,
+        placements: Sequence[ExpertPlaces],
+    ) -> int:
+        answer = self._actor.regroup.remote(generation, store, addresses, epoch, placements)
+        return await self._ask(answer)  # type: ignore[no-any-return]
+
     async def probe(self, timeout_s: float) -> float:
         return await self._ask(self._actor.probe.remote(timeout_s))  # type: ignore[no-any-return]
 
@@ -145,8 +201,8 @@ class _RayRank:
         return await self._ask(self._actor.drain.remote(timeout_s))  # type: ignore[no-any-return]
 
     async def lost(self) -> None:
-        await self._ask(self._actor.outlive.remote())
-        raise RankLost(f"rank {self._rank} has ended")
+        while True:
+            await self._ask(self._actor.outlive.remote(_WAIT_S))
 
     async def _ask(self, answer: Any) -> Any:
         try:
@@ -155,6 +211,8 @@ class _RayRank:
             raise RankLost(f"rank {self._rank} died: {_death(error)}") from None
         except RayTaskError as error:
             cause = error.cause
+            if isinstance(cause, Outdated):
+                raise Superseded(str(cause)) from None
             if isinstance(cause, ValueError | MemoryError):
                 raise RankRefused(_first_line(cause)) from None
             log.warning("rank %d failed: %s", self._rank, error)

@@ -13,7 +13,7 @@ from cluster.app.spec import ClusterSpec
 from cluster.config.environment import set_variables
 from cluster.config.network import rank_address, rank_variables
 from cluster.engine.ranks import ExpertPlaces
-from workers.report import ExpertLoads, LoadReport, RankAddress, RankStatus
+from workers.report import ExpertLoads, Holdings, LoadReport, RankAddress, RankStatus
 from workers.settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -59,6 +59,22 @@ class RankActor:
     def start(self) -> str | None:
         return self._rank.start()
 
+    def trouble(self, generation: int, timeout_s: float) -> str:
+        return self._rank.trouble(generation, timeout_s)
+
+    def interrupt(self, generation: int, timeout_s: float) -> Holdings:
+        return self._rank.interrupt(generation, timeout_s)
+
+    def regroup(
+        self,
+        generation: int,
+        store: tuple[str, int],
+        addresses: Sequence[RankAddress],
+        epoch: int,
+        placements: Sequence[ExpertPlaces],
+    ) -> int:
+        return self._rank.regroup(generation, *store, addresses, epoch, placements)
+
     def probe(self, timeout_s: float) -> float:
         return self._rank.probe(timeout_s)
 
@@ -83,6 +99,6 @@ class RankActor:
     def stop(self) -> None:
         self._rank.stop()
 
-    def outlive(self) -> None:
-        """Never comes back: who waits for it learns of the process's end at once."""
-        self._for_ever.wait()
+    def outlive(self, timeout_s: float) -> None:
+        """Comes back after that time: who waits for it learns of the process's end at once."""
+        self._for_ever.wait(timeout_s)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from workers.report import ExpertLoads, RankAddress, RankStatus
+from workers.report import ExpertLoads, Holdings, RankAddress, RankStatus
 
-__all__ = ["ExpertPlaces", "Rank", "RankLost", "RankRefused", "Ranks"]
+__all__ = ["ExpertPlaces", "Rank", "RankLost", "RankRefused", "Ranks", "Superseded"]
 
 
 # A layer, and for every rank of the stage the experts of its slots.
@@ -15,15 +15,19 @@ ExpertPlaces = tuple[int, tuple[tuple[int, ...], ...]]
 
 
 class RankLost(Exception):
-    """A rank died, hangs or does not answer: its engine must start again."""
+    """A rank died, hangs, does not answer or can run no step: its engine must regroup, or start again."""
 
 
 class RankRefused(Exception):
     """A rank cannot do what its settings ask, however often it tries; the message is for the user."""
 
 
+class Superseded(Exception):
+    """A rank has heard of a newer generation: another leader leads."""
+
+
 class Rank(Protocol):
-    """One rank, in another process. Every call raises RankLost or RankRefused."""
+    """One rank, in another process. Every call raises RankLost or RankRefused, or Superseded."""
 
     async def open(self) -> RankAddress: ...
 
@@ -35,6 +39,25 @@ class Rank(Protocol):
 
     async def start(self) -> str | None:
         """The address of the session server, at the first rank of each DP group."""
+        ...
+
+    async def trouble(self, generation: int) -> str:
+        """Comes back when the rank can run no step of `generation` any more, with the reason."""
+        ...
+
+    async def interrupt(self, generation: int, timeout_s: float) -> Holdings:
+        """Ends the generation before `generation`; what experts the rank holds."""
+        ...
+
+    async def regroup(
+        self,
+        generation: int,
+        store: tuple[str, int],
+        addresses: Sequence[RankAddress],
+        epoch: int,
+        placements: Sequence[ExpertPlaces],
+    ) -> int:
+        """Joins the members of the next generation; `start` goes on. Bytes of experts that were read for it."""
         ...
 
     async def probe(self, timeout_s: float) -> float:
@@ -63,12 +86,21 @@ class Rank(Protocol):
 class Ranks(Protocol):
     """The ranks of one engine as Ray keeps them: named after the engine, outliving their leader."""
 
-    async def adopt(self) -> Sequence[Rank]:
-        """All the ranks of an earlier leader, if all of them live; else none."""
+    async def adopt(self) -> dict[int, Rank]:
+        """The living ranks of an earlier leader, by number."""
         ...
 
-    async def place(self) -> Sequence[Rank]:
-        """New processes for all ranks, in order; nothing of old ones is left before."""
+    async def place(self) -> dict[int, Rank]:
+        """New processes for all ranks; nothing of old ones is left before."""
+        ...
+
+    async def replace(self, numbers: Sequence[int]) -> dict[int, Rank]:
+        """New processes for some ranks, whatever is left of the old ones, beside the others. They may have to wait for
+        room: their first call does."""
+        ...
+
+    async def fence(self, number: int, address: RankAddress | None) -> None:
+        """Makes sure that a rank does nothing any more, even one that is frozen, where its host can be reached."""
         ...
 
     async def clear(self) -> None:

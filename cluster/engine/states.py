@@ -16,7 +16,8 @@ class EngineState(StrEnum):
     LOADING = "loading"
     PROBING = "probing"  # a first token through every rank
     READY = "ready"
-    RESTARTING = "restarting"  # a rank was lost: all are taken down, to start again
+    REGROUPING = "regrouping"  # ranks were lost or come in: the others close up, with all they hold
+    RESTARTING = "restarting"  # no group is left to go on: all ranks are taken down, to start again
     DRAINING = "draining"
     FAILED = "failed"  # it cannot be served, and nothing that the leader can do will change that
     STOPPED = "stopped"
@@ -31,7 +32,9 @@ class EngineEvent(StrEnum):
     JOINED = "joined"
     LOADED = "loaded"
     ANSWERED = "answered"  # a probe came back
-    LOST = "lost"  # a rank died, hangs or does not answer
+    INTERRUPTED = "interrupted"  # ranks were lost or come in, and whole groups are there to go on
+    REGROUPED = "regrouped"  # they go on
+    LOST = "lost"  # a rank died, hangs or does not answer, and nobody can go on
     CLEARED = "cleared"  # nothing is left of the old ranks
     REFUSED = "refused"  # a rank says why it can never work
     DRAIN = "drain"
@@ -48,11 +51,18 @@ TRANSITIONS: dict[tuple[EngineState, EngineEvent], EngineState] = {
     (EngineState.LOADING, EngineEvent.LOADED): EngineState.PROBING,
     (EngineState.PROBING, EngineEvent.ANSWERED): EngineState.READY,
     (EngineState.READY, EngineEvent.ANSWERED): EngineState.READY,
+    (EngineState.PLACING, EngineEvent.INTERRUPTED): EngineState.REGROUPING,
+    (EngineState.PROBING, EngineEvent.INTERRUPTED): EngineState.REGROUPING,
+    (EngineState.READY, EngineEvent.INTERRUPTED): EngineState.REGROUPING,
+    (EngineState.REGROUPING, EngineEvent.REGROUPED): EngineState.READY,
+    (EngineState.REGROUPING, EngineEvent.LOST): EngineState.RESTARTING,
     (EngineState.READY, EngineEvent.LOST): EngineState.RESTARTING,
     (EngineState.RESTARTING, EngineEvent.LOST): EngineState.RESTARTING,
     (EngineState.RESTARTING, EngineEvent.CLEARED): EngineState.PLACING,
     (EngineState.READY, EngineEvent.DRAIN): EngineState.DRAINING,
     (EngineState.DRAINING, EngineEvent.LOST): EngineState.DRAINING,
+    (EngineState.DRAINING, EngineEvent.INTERRUPTED): EngineState.DRAINING,
+    (EngineState.DRAINING, EngineEvent.REGROUPED): EngineState.DRAINING,
 }
 TRANSITIONS |= {(state, EngineEvent.LOST): EngineState.RESTARTING for state in _FORMING}
 TRANSITIONS |= {(state, EngineEvent.REFUSED): EngineState.FAILED for state in _FORMING}

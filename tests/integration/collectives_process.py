@@ -66,7 +66,7 @@ def main(settings_path: str, rank: int, port: int, generations: list[int]) -> No
     torch.set_num_threads(1)
     values = json.loads(Path(settings_path).read_text())
     settings = EngineSettings(**{**values, "plan": ParallelPlan(**values["plan"])})
-    hosts = (HOST,) * settings.plan.num_ranks
+    hosts = dict.fromkeys(range(settings.plan.num_ranks), HOST)
     found = []
     for generation in generations:
         groups = Groups.join(settings, rank, generation=generation, store=(HOST, port), hosts=hosts)

@@ -111,7 +111,7 @@ def _reduce(rank: int, port: int, kind: str) -> None:
         max_model_len=64,
         collectives=kind,
     )
-    groups = Groups.join(settings, rank, generation=1, store=(HOST, port), hosts=(HOST, HOST))
+    groups = Groups.join(settings, rank, generation=1, store=(HOST, port), hosts={0: HOST, 1: HOST})
     x = torch.zeros(16, 576, dtype=torch.bfloat16)
     taken_ms = median_ms(lambda: groups.tensor.all_reduce(x), time.perf_counter, 500)
     if rank == 0:

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from workers.parallel.groups import HostedStore, host_store
+from scheduler.experts_regroup import regrouped
+from workers.parallel.groups import host_store
 from workers.parallel.plan import ParallelPlan
 from workers.rank import Rank, RankAddress
 from workers.settings import EngineSettings
@@ -73,29 +74,59 @@ class Engine:
 
     def __init__(self, folder: Path, settings: EngineSettings) -> None:
         self.settings = settings
-        self._store: HostedStore | None = None
+        self.generation = 0
+        self._folder = folder
+        self._store = host_store(HOST)
+        self._addresses: dict[int, Any] = {}
         self.ranks = [RankProcess(folder, settings, rank) for rank in range(settings.plan.num_ranks)]
 
     def start(self, generation: int = 1) -> list[str]:
         """Open to start; the session addresses of the DP groups."""
-        self._store = host_store(HOST)
+        self.generation = generation
         addresses = self.on_all("open", HOST)
+        self._addresses = dict(enumerate(addresses))
         self.on_all("join", generation, HOST, self._store.port, addresses)
         self.on_all("load")
         return [address for address in self.on_all("start") if address]
 
-    def on_all(self, method: str, *arguments: object) -> list[Any]:
-        """Calls all ranks at once, as many steps of their life demand."""
-        values: list[Any] = [None] * len(self.ranks)
+    def replace(self, number: int) -> None:
+        """Another process for a rank that is a whole DP group; it has loaded, and runs nothing yet."""
+        self.generation += 1
+        self.ranks[number].end()
+        rank = self.ranks[number] = RankProcess(self._folder, self.settings, number)
+        self._addresses[number] = rank.call("open", HOST)
+        rank.call("join", self.generation, HOST, self._store.port, [self._addresses[number]])
+        rank.call("load")
+
+    def regroup(self, numbers: Sequence[int]) -> dict[int, str]:
+        """A new generation of these ranks; the session addresses by DP group."""
+        self.generation += 1
+        holdings = self.on_all("interrupt", self.generation, 5.0, numbers=numbers)
+        num_slots = holdings[0]["num_experts"] + self.settings.plan.redundant_experts
+        places = []
+        for index, layer in enumerate(holdings[0]["layers"]):
+            held = [holding["experts"][index] for holding in holdings]
+            places.append((layer, regrouped(held, holdings[0]["num_experts"], num_slots=num_slots).slots))
+        epoch = 1 + max(holding["epoch"] for holding in holdings)
+        addresses = [self._addresses[number] for number in numbers]
+        self.on_all("regroup", self.generation, HOST, self._store.port, addresses, epoch, places, numbers=numbers)
+        started = self.on_all("start", numbers=numbers)
+        group_size = self.settings.plan.group_size
+        return {n // group_size: address for n, address in zip(numbers, started, strict=True) if address}
+
+    def on_all(self, method: str, *arguments: object, numbers: Sequence[int] | None = None) -> list[Any]:
+        """Calls all ranks, or these, at once, as many steps of their life demand."""
+        ranks = self.ranks if numbers is None else [self.ranks[number] for number in numbers]
+        values: list[Any] = [None] * len(ranks)
         errors: list[Exception] = []
 
         def one(index: int) -> None:
             try:
-                values[index] = self.ranks[index].call(method, *arguments)
+                values[index] = ranks[index].call(method, *arguments)
             except Exception as error:
                 errors.append(error)
 
-        threads = [threading.Thread(target=one, args=(index,)) for index in range(len(self.ranks))]
+        threads = [threading.Thread(target=one, args=(index,)) for index in range(len(ranks))]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -123,8 +154,8 @@ def _serve(settings_path: str, number: str, secret: str) -> None:
     for line in sys.stdin:
         call = json.loads(line)
         arguments: Sequence[Any] = call["arguments"]
-        if call["method"] == "join":
-            arguments = [*arguments[:3], [RankAddress(**address) for address in arguments[3]]]
+        if call["method"] in ("join", "regroup"):
+            arguments = [*arguments[:3], [RankAddress(**address) for address in arguments[3]], *arguments[4:]]
         try:
             value = getattr(rank, call["method"])(*arguments)
             is_value = dataclasses.is_dataclass(value) and not isinstance(value, type)

@@ -236,4 +236,11 @@ def test_a_rank_that_does_not_come_is_named() -> None:
         max_model_len=64,
     )
     with pytest.raises(TimeoutError, match=r"ranks \[0, 2\] did not join generation 4"):
-        Groups.join(settings, 1, generation=4, store=(store.host, store.port), hosts=("127.0.0.1",) * 3, timeout_s=0.2)
+        Groups.join(
+            settings,
+            1,
+            generation=4,
+            store=(store.host, store.port),
+            hosts=dict.fromkeys(range(3), "127.0.0.1"),
+            timeout_s=0.2,
+        )

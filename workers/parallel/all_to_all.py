@@ -71,6 +71,10 @@ class AllToAllDispatch:
         """The same exchange for experts that live elsewhere."""
         return AllToAllDispatch(self._exchange, placement, part=self._part, device=self._device)
 
+    def regrouped(self, exchange: Exchange, placement: ExpertPlacement) -> AllToAllDispatch:
+        """The same rank among others."""
+        return AllToAllDispatch(exchange, placement, part=self._part, device=self._device)
+
     @property
     def kind(self) -> str:
         return f"all-to-all over {self._exchange.kind}"

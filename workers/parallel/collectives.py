@@ -10,7 +10,7 @@ import torch
 
 from workers.parallel import shm
 
-__all__ = ["Collectives", "ProcessGroupCollectives", "SharedMemoryCollectives", "SingleRank"]
+__all__ = ["Collectives", "CurrentCollectives", "ProcessGroupCollectives", "SharedMemoryCollectives", "SingleRank"]
 
 
 class Collectives(Protocol):
@@ -59,6 +59,46 @@ class SingleRank:
 
     def minimum(self, value: int) -> int:
         return value
+
+
+class CurrentCollectives:
+    """The collectives of whichever generation is in force: what a model holds for as long as it lives.
+
+    Between generations there are none, and nothing may be asked of them.
+    """
+
+    def __init__(self, first: Collectives) -> None:
+        self.index = first.index
+        self.size = first.size
+        self._current: Collectives | None = first
+
+    def follow(self, current: Collectives) -> None:
+        """The axis meets anew: the same ranks in the same order."""
+        assert (current.index, current.size) == (self.index, self.size)
+        self._current = current
+
+    def leave(self) -> None:
+        """Lets go of the generation that is over."""
+        self._current = None
+
+    @property
+    def kind(self) -> str:
+        return self._now.kind
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return self._now.all_reduce(x)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor | None:
+        return self._now.gather(x)
+
+    def minimum(self, value: int) -> int:
+        return self._now.minimum(value)
+
+    @property
+    def _now(self) -> Collectives:
+        if self._current is None:
+            raise RuntimeError("the ranks of this axis are between two generations")
+        return self._current
 
 
 class ProcessGroupCollectives:

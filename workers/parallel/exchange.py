@@ -114,10 +114,11 @@ class ProcessGroupExchange:
         return received
 
     def hang_up(self) -> None:
-        """Nothing: a process group tells its peers when the process ends, and otherwise by the step timeout."""
+        """Nothing: a process group tells its peers when it is destroyed, and otherwise by its timeout."""
 
     def close(self) -> None:
-        """Nothing: the process group is its maker's to destroy."""
+        """Lets go of the process group, which its maker destroys."""
+        self._group = None
 
 
 def _rows_in(room: torch.Tensor, count: int, like: torch.Tensor) -> torch.Tensor:

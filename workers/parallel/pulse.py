@@ -2,7 +2,10 @@
 
 Before a step each group's first rank tells the others how many tokens it brings, and hears theirs. If anybody brings
 any, all run the step, those without work too; if nobody does, all sleep. The message of the next beat is also what
-wakes the sleepers: there is nothing to poll, and an idle engine sends nothing.
+wakes the sleepers: there is nothing to poll.
+
+Several times within the step timeout each group also says that its process runs, asleep or in a step. So a step may
+take long, and a process that is frozen or out of reach is noticed by its silence.
 
     ran = pulse.beat(num_tokens)      one beat; whether there is a step to run
     pulse.offer(epoch)                this group is ready for that placement of the experts, from any thread
@@ -17,21 +20,26 @@ import selectors
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
+from workers.parallel.liveness import stuck_after_s
+
 __all__ = ["Pulse"]
 
-_BEAT = struct.Struct("!QQIQ")  # generation, beat, tokens, epoch offered
+_BEAT = struct.Struct("!QQIQ")  # generation, beat (0: none, only that the process runs), tokens, epoch offered
 _LOOK_S = 0.25
 _RECENT_STEPS = 0.02  # the weight of the last step in what is told of the last ones
+_LOOKS_PER_TIMEOUT = 5
 
 
 class Pulse:
     """One group's end. `beat` belongs to the step loop; `on_wake` is called from another thread, and must not block.
 
-    `peers` are connected sockets by rank. A peer that goes, hangs or is of another generation makes `beat` raise
-    RuntimeError; `on_gone` hears of it even while the group sleeps.
+    `peers` are connected sockets by rank. A peer that goes, is silent for `timeout_s` or is of another generation makes
+    `beat` raise RuntimeError; `on_gone` hears of it even while the group sleeps. `beat` also gives up where a peer
+    that runs brings nothing for `stuck_s`.
     """
 
     def __init__(
@@ -40,16 +48,21 @@ class Pulse:
         peers: Mapping[int, socket.socket],
         *,
         timeout_s: float,
+        stuck_s: float | None = None,
         on_wake: Callable[[], None],
         on_gone: Callable[[str], None],
     ) -> None:
         self._generation = generation
         self._peers = dict(peers)
         self._timeout_s = timeout_s
+        self._stuck_s = stuck_after_s(timeout_s) if stuck_s is None else stuck_s
+        self._look_s = min(_LOOK_S, timeout_s / _LOOKS_PER_TIMEOUT)
+        self._sending = threading.Lock()  # a message must not begin within another
         self._on_wake = on_wake
         self._on_gone = on_gone
         self._changed = threading.Condition()
         self._heard: dict[int, deque[tuple[int, int, int]]] = {rank: deque() for rank in peers}
+        self._heard_s: dict[int, float] = {}
         self._beat = 0
         self._ran = False
         self._offer = 0
@@ -93,14 +106,15 @@ class Pulse:
         message = _BEAT.pack(self._generation, self._beat, num_tokens, offer)
         for rank, peer in self._peers.items():
             try:
-                peer.sendall(message)
+                with self._sending:
+                    peer.sendall(message)
             except OSError as error:
                 raise RuntimeError(f"rank {rank} has gone") from error
         with self._changed:
-            self._changed.wait_for(lambda: self._reason or all(self._heard.values()), self._timeout_s)
+            self._changed.wait_for(lambda: self._reason or all(self._heard.values()), self._stuck_s)
             silent = [rank for rank, heard in self._heard.items() if not heard]
             if silent:
-                raise RuntimeError(self._reason or f"ranks {silent} missed a beat for {self._timeout_s:g} s")
+                raise RuntimeError(self._reason or f"ranks {silent} missed a beat for {self._stuck_s:g} s")
             offers = {offer}
             for rank, heard in self._heard.items():
                 beat, self._tokens[rank], theirs = heard.popleft()
@@ -129,12 +143,34 @@ class Pulse:
 
     def _listen(self) -> None:
         unread = {rank: bytearray() for rank in self._peers}
+        looked_s = told_s = time.monotonic()
+        self._heard_s = dict.fromkeys(self._peers, looked_s)
         with selectors.DefaultSelector() as selector:
             for rank, peer in self._peers.items():
                 selector.register(peer, selectors.EVENT_READ, rank)
             while not self._closed and self._reason is None:
-                for key, _ in selector.select(_LOOK_S):
+                for key, _ in selector.select(self._look_s):
                     self._read(key.data, unread[key.data])
+                now_s = time.monotonic()
+                if now_s - told_s >= self._look_s:
+                    told_s = now_s
+                    self._tell()
+                if now_s - looked_s > self._timeout_s / 2:
+                    # This process itself was held up: what it has not heard says nothing about the others.
+                    self._heard_s = dict.fromkeys(self._peers, now_s)
+                looked_s = now_s
+                for rank, heard_s in self._heard_s.items():
+                    if now_s - heard_s > self._timeout_s:
+                        self._fail(f"rank {rank} was silent for {self._timeout_s:g} s")
+                        break
+
+    def _tell(self) -> None:
+        """Says that this process runs."""
+        message = _BEAT.pack(self._generation, 0, 0, 0)
+        for peer in self._peers.values():
+            # That it has gone shows when it is read.
+            with contextlib.suppress(OSError), self._sending:
+                peer.sendall(message)
 
     def _read(self, rank: int, unread: bytearray) -> None:
         try:
@@ -144,6 +180,8 @@ class Pulse:
         if not data:
             self._fail(f"rank {rank} has gone")
             return
+        self._heard_s[rank] = time.monotonic()
+        woken = False
         unread += data
         while len(unread) >= _BEAT.size:
             generation, beat, num_tokens, epoch = _BEAT.unpack_from(unread)
@@ -151,10 +189,14 @@ class Pulse:
             if generation != self._generation:
                 self._fail(f"rank {rank} is of generation {generation}, not {self._generation}")
                 return
+            if not beat:
+                continue
+            woken = True
             with self._changed:
                 self._heard[rank].append((beat, num_tokens, epoch))
                 self._changed.notify_all()
-        self._on_wake()
+        if woken:
+            self._on_wake()
 
     def _fail(self, reason: str) -> None:
         with self._changed:

@@ -147,6 +147,11 @@ class EngineStatus(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     LEADER_PID_FIELD_NUMBER: _builtins.int
     LEADER_NODE_FIELD_NUMBER: _builtins.int
+    MISSING_RANKS_FIELD_NUMBER: _builtins.int
+    JOINING_RANKS_FIELD_NUMBER: _builtins.int
+    NUM_REGROUPS_FIELD_NUMBER: _builtins.int
+    LAST_REGROUP_CAUSE_FIELD_NUMBER: _builtins.int
+    LAST_REGROUP_S_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: _builtins.str
     generation: _builtins.int
@@ -171,10 +176,23 @@ class EngineStatus(_message.Message):
     """takes nothing new"""
     leader_pid: _builtins.int
     leader_node: _builtins.str
+    num_regroups: _builtins.int
+    """since this leader leads"""
+    last_regroup_cause: _builtins.str
+    last_regroup_s: _builtins.float
+    """how long no rank ran a step"""
     @_builtins.property
     def dp_groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___DPGroupStatus]: ...
     @_builtins.property
     def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankStatus]: ...
+    @_builtins.property
+    def missing_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of the plan, and not on their way"""
+
+    @_builtins.property
+    def joining_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """they load while the others serve"""
+
     def __init__(
         self,
         *,
@@ -197,10 +215,15 @@ class EngineStatus(_message.Message):
         draining: _builtins.bool = ...,
         leader_pid: _builtins.int = ...,
         leader_node: _builtins.str = ...,
+        missing_ranks: _abc.Iterable[_builtins.int] | None = ...,
+        joining_ranks: _abc.Iterable[_builtins.int] | None = ...,
+        num_regroups: _builtins.int = ...,
+        last_regroup_cause: _builtins.str = ...,
+        last_regroup_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collectives", b"collectives", "dispatch", b"dispatch", "dp_groups", b"dp_groups", "draining", b"draining", "dtype", b"dtype", "expert_epoch", b"expert_epoch", "expert_imbalance", b"expert_imbalance", "generation", b"generation", "kernels", b"kernels", "leader_node", b"leader_node", "leader_pid", b"leader_pid", "load_s", b"load_s", "name", b"name", "plan", b"plan", "quantization", b"quantization", "ranks", b"ranks", "state", b"state", "version", b"version", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collectives", b"collectives", "dispatch", b"dispatch", "dp_groups", b"dp_groups", "draining", b"draining", "dtype", b"dtype", "expert_epoch", b"expert_epoch", "expert_imbalance", b"expert_imbalance", "generation", b"generation", "joining_ranks", b"joining_ranks", "kernels", b"kernels", "last_regroup_cause", b"last_regroup_cause", "last_regroup_s", b"last_regroup_s", "leader_node", b"leader_node", "leader_pid", b"leader_pid", "load_s", b"load_s", "missing_ranks", b"missing_ranks", "name", b"name", "num_regroups", b"num_regroups", "plan", b"plan", "quantization", b"quantization", "ranks", b"ranks", "state", b"state", "version", b"version", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

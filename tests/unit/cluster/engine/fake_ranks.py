@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from cluster.engine.ranks import ExpertPlaces, Rank, RankLost, RankRefused
-from workers.report import ExpertLoads, RankAddress, RankState, RankStatus
+from cluster.engine.ranks import ExpertPlaces, Rank, RankLost, RankRefused, Superseded
+from workers.report import ExpertLoads, Holdings, RankAddress, RankState, RankStatus
 
 
 @dataclass
@@ -25,6 +25,10 @@ class FakeRank:
     loads: ExpertLoads | None = None
     staged: tuple[int, list[ExpertPlaces]] | None = None
     death: asyncio.Event = field(default_factory=asyncio.Event)
+    troubled: asyncio.Event = field(default_factory=asyncio.Event)
+    newest: int = 0
+    holdings: Holdings = field(default_factory=Holdings)
+    group_size: int = 1
 
     async def _called(self, name: str) -> None:
         self.calls.append(name)
@@ -44,7 +48,39 @@ class FakeRank:
 
     async def join(self, generation: int, store: tuple[str, int], addresses: Sequence[RankAddress]) -> None:
         await self._called("join")
+        self.generation = self.newest = generation
+        self.store, self.addresses = store, addresses
+
+    async def trouble(self, generation: int) -> str:
+        await self._called("trouble")
+        assert self.generation == generation
+        await self.troubled.wait()
+        return "a peer has gone"
+
+    async def interrupt(self, generation: int, timeout_s: float) -> Holdings:
+        await self._called("interrupt")
+        if generation <= self.newest:
+            raise Superseded(f"generation {generation} is over")
+        self.newest = generation
+        if self.state is RankState.RUNNING:
+            self.state = RankState.INTERRUPTED
+        return self.holdings
+
+    async def regroup(
+        self,
+        generation: int,
+        store: tuple[str, int],
+        addresses: Sequence[RankAddress],
+        epoch: int,
+        placements: Sequence[ExpertPlaces],
+    ) -> int:
+        await self._called("regroup")
+        assert generation == self.newest
+        assert self.state in (RankState.INTERRUPTED, RankState.NEW)
         self.generation, self.store, self.addresses = generation, store, addresses
+        place = [address.rank for address in addresses].index(self.rank)
+        self.holdings = replace(self.holdings, epoch=epoch, experts=tuple(slots[place] for _, slots in placements))
+        return 0
 
     async def load(self) -> None:
         await self._called("load")
@@ -56,6 +92,7 @@ class FakeRank:
     async def start(self) -> str | None:
         await self._called("start")
         self.state = RankState.RUNNING
+        self.troubled.clear()
         return self.session or None
 
     async def probe(self, timeout_s: float) -> float:
@@ -67,12 +104,14 @@ class FakeRank:
         await self._called("status")
         return RankStatus(
             rank=self.rank,
-            dp_group=self.rank,
+            dp_group=self.rank // self.group_size,
             state=self.state,
             reason="",
             host="h",
             pid=1,
             generation=self.generation,
+            newest_generation=self.newest,
+            plan_port=1000 + self.rank if self.first else 0,
             device="cpu",
             dtype="float32",
             threads=1,
@@ -114,30 +153,57 @@ class FakeRank:
 
 
 class FakeRanks:
-    """`prepare` is called with each new set of ranks and the number of sets made before it."""
+    """`prepare` is called with each new set of ranks and the number of sets made before it.
+
+    Ranks that are replaced are sets too. `room` is awaited before one can be opened.
+    """
 
     def __init__(self, num_ranks: int, group_size: int, prepare: Callable[[int, list[FakeRank]], None]) -> None:
         self._num_ranks = num_ranks
         self._group_size = group_size
         self._prepare = prepare
         self.sets: list[list[FakeRank]] = []
+        self.living: dict[int, FakeRank] = {}
         self.orphans: list[FakeRank] = []
+        self.fenced: list[int] = []
         self.num_cleared = 0
+        self.room = asyncio.Event()
+        self.room.set()
 
-    def make(self) -> list[FakeRank]:
-        return [FakeRank(rank, rank % self._group_size == 0) for rank in range(self._num_ranks)]
+    def make(self, numbers: Sequence[int] | None = None) -> list[FakeRank]:
+        size = self._group_size
+        wanted = range(self._num_ranks) if numbers is None else numbers
+        return [FakeRank(rank, rank % size == 0, group_size=size) for rank in wanted]
 
-    async def adopt(self) -> Sequence[Rank]:
+    async def adopt(self) -> dict[int, Rank]:
         orphans, self.orphans = self.orphans, []
-        return orphans
+        self.living = {rank.rank: rank for rank in orphans}
+        return dict(self.living)
 
-    async def place(self) -> Sequence[Rank]:
-        ranks = self.make()
+    async def place(self) -> dict[int, Rank]:
+        return self._made(self.make())
+
+    async def replace(self, numbers: Sequence[int]) -> dict[int, Rank]:
+        for number in numbers:
+            if number in self.living:
+                self.living[number].death.set()
+        await self.room.wait()
+        return self._made(self.make(numbers))
+
+    def _made(self, ranks: list[FakeRank]) -> dict[int, Rank]:
         self._prepare(len(self.sets), ranks)
         self.sets.append(ranks)
-        return ranks
+        self.living |= {rank.rank: rank for rank in ranks}
+        return {rank.rank: rank for rank in ranks}
+
+    async def fence(self, number: int, address: RankAddress | None) -> None:
+        self.fenced.append(number)
+        self.living.pop(number).death.set()
 
     async def clear(self) -> None:
+        for rank in self.living.values():
+            rank.death.set()
+        self.living = {}
         self.num_cleared += 1
 
 

@@ -21,6 +21,8 @@ from workers.settings import EngineSettings, ExpertBalance
 
 PACE = Pace(
     renew_every_s=0.001,
+    answer_timeout_s=0.1,
+    rest_timeout_s=0.1,
     probe_every_s=0.001,
     probe_timeout_s=0.2,
     call_timeout_s=0.2,
@@ -145,14 +147,17 @@ async def test_a_token_is_asked_of_every_group_and_leases_are_renewed() -> None:
         assert [rank.calls.count("probe") > 1 for rank in ranks] == [True, False, True, False]
 
 
-async def test_a_dead_rank_takes_the_engine_to_a_new_generation() -> None:
-    async with leading() as case:
+ALONE = replace(SETTINGS, plan=ParallelPlan(tensor=2))
+
+
+async def test_a_dead_rank_of_a_lone_group_takes_the_engine_down_and_up() -> None:
+    async with leading(settings=ALONE) as case:
         await case.until_state(EngineState.READY)
         cleared = case.ranks.num_cleared
-        case.ranks.sets[0][3].death.set()
+        case.ranks.sets[0][1].death.set()
         moment = await case.until_state(EngineState.RESTARTING)
         assert moment.groups == ()
-        assert moment.error == "rank 3 died"
+        assert moment.error == "rank 1 died"
         await case.until_state(EngineState.READY)
         assert case.leader.generation == 2
         assert case.ranks.num_cleared > cleared
@@ -163,16 +168,16 @@ async def test_a_dead_rank_takes_the_engine_to_a_new_generation() -> None:
 @pytest.mark.parametrize("fault", [RankLost("no token"), RankRefused("no token"), None])
 @pytest.mark.parametrize("call", ["probe", "renew"])
 async def test_a_rank_that_does_not_answer_any_more_is_lost(call: str, fault: Exception | None) -> None:
-    async with leading() as case:
+    async with leading(settings=ALONE) as case:
         await case.until_state(EngineState.READY)
-        case.ranks.sets[0][2].faults[call] = fault
+        case.ranks.sets[0][0].faults[call] = fault
         await case.until_state(EngineState.RESTARTING)
         await case.until_state(EngineState.READY)
         assert case.leader.generation == 2
 
 
 async def test_a_rank_whose_group_failed_is_lost_although_it_answers() -> None:
-    async with leading() as case:
+    async with leading(settings=ALONE) as case:
         await case.until_state(EngineState.READY)
         case.ranks.sets[0][1].state = RankState.BROKEN
         moment = await case.until_state(EngineState.RESTARTING)
@@ -241,25 +246,42 @@ async def test_a_new_leader_takes_living_ranks_over_as_they_are() -> None:
         assert all("load" not in rank.calls for rank in adopted)
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda ranks: setattr(ranks[1], "generation", 4),
-        lambda ranks: setattr(ranks[1], "state", RankState.BROKEN),
-        lambda ranks: ranks[1].death.set(),
-        lambda ranks: ranks[1].faults.update(status=None),
-    ],
-)
-async def test_ranks_that_do_not_belong_together_are_replaced(spoil: Callable[[list[FakeRank]], None]) -> None:
+SPOILS: list[Callable[[list[FakeRank]], None]] = [
+    lambda ranks: setattr(ranks[1], "generation", 4),
+    lambda ranks: setattr(ranks[1], "state", RankState.BROKEN),
+    lambda ranks: ranks[1].death.set(),
+    lambda ranks: ranks[1].faults.update(status=None),
+]
+
+
+def spoilt(spoil: Callable[[list[FakeRank]], None]) -> Callable[[FakeRanks], list[FakeRank]]:
     def orphans(ranks: FakeRanks) -> list[FakeRank]:
         made = orphans_of_generation(5)(ranks)
         spoil(made)
         return made
 
-    async with leading(generation=5, orphans=orphans) as case:
+    return orphans
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+async def test_ranks_of_a_lone_group_that_do_not_belong_together_are_replaced(
+    spoil: Callable[[list[FakeRank]], None],
+) -> None:
+    async with leading(settings=ALONE, generation=5, orphans=spoilt(spoil)) as case:
         await case.until_state(EngineState.READY)
         assert case.ranks.num_cleared >= 1
         assert case.leader.generation == 6, "newer than whatever the old ranks may still say"
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+async def test_whole_groups_are_taken_over_and_the_others_come_back(spoil: Callable[[list[FakeRank]], None]) -> None:
+    async with leading(generation=5, orphans=spoilt(spoil)) as case:
+        await case.until_state(EngineState.READY)
+        await case.until(lambda: len(case.leader.groups()) == 2 and case.leader.state is EngineState.READY)
+        assert case.ranks.num_cleared == 0
+        assert case.leader.generation > 5
+        assert all(rank.state is RankState.RUNNING for rank in case.ranks.living.values())
+        assert {rank.generation for rank in case.ranks.living.values()} == {case.leader.generation}
 
 
 async def test_a_leader_that_is_cancelled_leaves_its_ranks() -> None:

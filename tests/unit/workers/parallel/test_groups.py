@@ -28,7 +28,7 @@ HERE = ("10.0.0.1", "10.0.0.1")
 
 def test_one_rank_needs_nobody() -> None:
     settings = dataclasses.replace(SETTINGS, plan=ParallelPlan())
-    joined = Groups.join(settings, 0, generation=1, store=("nowhere", 1), hosts=("10.0.0.1",))
+    joined = Groups.join(settings, 0, generation=1, store=("nowhere", 1), hosts={0: "10.0.0.1"})
     assert isinstance(joined.tensor, SingleRank)
     joined.close()
 
@@ -36,7 +36,7 @@ def test_one_rank_needs_nobody() -> None:
 def test_stages_are_refused_by_name() -> None:
     settings = dataclasses.replace(SETTINGS, plan=ParallelPlan(pipeline=2))
     with pytest.raises(ValueError, match=r"parallel\.pipeline must be 1, not 2"):
-        Groups.join(settings, 0, generation=1, store=("nowhere", 1), hosts=HERE)
+        Groups.join(settings, 0, generation=1, store=("nowhere", 1), hosts=dict(enumerate(HERE)))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import random
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -16,11 +17,19 @@ from workers.parallel.pulse import Pulse
 class Group:
     """One group: how often it was woken, and why it failed."""
 
-    def __init__(self, peers: dict[int, socket.socket], generation: int = 3, timeout_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        peers: dict[int, socket.socket],
+        generation: int = 3,
+        timeout_s: float = 5.0,
+        stuck_s: float | None = None,
+    ) -> None:
         self.woken = threading.Event()
         self.gone: list[str] = []
         self.has_gone = threading.Event()
-        self.pulse = Pulse(generation, peers, timeout_s=timeout_s, on_wake=self.woken.set, on_gone=self._gone)
+        self.pulse = Pulse(
+            generation, peers, timeout_s=timeout_s, stuck_s=stuck_s, on_wake=self.woken.set, on_gone=self._gone
+        )
         self.pulse.start()
 
     def _gone(self, reason: str) -> None:
@@ -127,9 +136,35 @@ def test_a_dead_peer_ends_a_beat_and_is_heard_of_while_asleep() -> None:
     survivor.pulse.close()
 
 
-def test_a_hung_peer_ends_a_beat_at_the_timeout() -> None:
-    with _mesh(2, timeout_s=0.05) as groups, pytest.raises(RuntimeError, match="missed a beat"):
-        groups[0].pulse.beat(1)
+def test_a_silent_peer_ends_a_beat_at_the_timeout_and_is_heard_of_while_asleep() -> None:
+    ends = _sockets(2)
+    survivor = Group(ends[0], timeout_s=0.1)
+    with pytest.raises(RuntimeError, match=r"rank 1 was silent for 0\.1 s"):
+        survivor.pulse.beat(1)
+    assert survivor.gone == ["rank 1 was silent for 0.1 s"]
+    survivor.pulse.close()
+    ends[1][0].close()
+
+
+def test_a_peer_whose_step_takes_long_is_waited_for() -> None:
+    with _mesh(2, timeout_s=0.1) as groups:
+
+        def work(index: int) -> None:
+            if index:
+                time.sleep(0.5)  # a step, five times as long as a silence may be
+            assert groups[index].pulse.beat(1)
+
+        assert not _in_threads(groups, work)
+        assert not any(group.gone for group in groups)
+
+
+def test_a_peer_that_runs_and_never_ends_its_step_is_given_up_in_the_end() -> None:
+    ends = _sockets(2)
+    waiting, stuck = Group(ends[0], stuck_s=0.1), Group(ends[1])
+    with pytest.raises(RuntimeError, match=r"ranks \[1\] missed a beat for 0\.1 s"):
+        waiting.pulse.beat(1)
+    for group in (waiting, stuck):
+        group.pulse.close()
 
 
 def test_an_old_generation_is_refused() -> None:

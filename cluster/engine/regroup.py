@@ -1,0 +1,143 @@
+"""One regroup: from members of which some may be dead, frozen or out of reach to a generation of those that live.
+
+    who answers?     the others are fenced; DP groups that are no longer whole go, and with them their ranks
+    interrupt        every rank's step ends or fails, its groups are left; sequences, cache and experts stay
+    regroup          all meet anew; what experts only lost ranks held is read by the others
+    start            the interrupted steps are run again
+
+A rank that is lost meanwhile makes the attempt fail, and another one begins with those that live then, in a newer
+generation. All of it can be begun again by another leader at any point.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cluster.engine.asking import ask_all, ask_each
+from cluster.engine.members import Members
+from cluster.engine.pace import Pace
+from cluster.engine.ranks import ExpertPlaces, RankLost, RankRefused, Ranks
+from scheduler.experts_regroup import regrouped
+from workers.report import Holdings, RankAddress, RankState
+from workers.settings import EngineSettings
+
+__all__ = ["NoRoom", "Regroup", "Regrouped"]
+
+log = logging.getLogger(__name__)
+
+
+class NoRoom(Exception):
+    """The members' memory does not take the experts of those that are missing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Regrouped:
+    """What came of it; `epoch` numbers the experts' placement, `bytes_read` of them had to be read."""
+
+    members: Members
+    generation: int
+    epoch: int
+    bytes_read: int
+
+
+class Regroup:
+    """`next_generation` never gives a number twice; `on_members` hears at once who is left."""
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        ranks: Ranks,
+        pace: Pace,
+        *,
+        store: Callable[[Sequence[RankAddress]], Awaitable[tuple[str, int]]],
+        next_generation: Callable[[], int],
+        on_members: Callable[[Members], None],
+    ) -> None:
+        self._settings = settings
+        self._ranks = ranks
+        self._pace = pace
+        self._store = store
+        self._next_generation = next_generation
+        self._on_members = on_members
+        self._redundant = settings.plan.redundant_experts
+
+    async def run(self, members: Members) -> Regrouped:
+        """Raises RankLost where no DP group is left or no attempt succeeds, NoRoom where more ranks are needed."""
+        reason = ""
+        for attempt in range(self._pace.max_regroups):
+            if attempt:
+                log.warning("%s: regrouping failed: %s; trying again", self._settings.engine, reason)
+            members = await self._living(members)
+            try:
+                return await self._once(members)
+            except RankLost as error:
+                reason = str(error)
+            except RankRefused as error:
+                if not self._redundant:
+                    raise NoRoom(str(error)) from None
+                self._redundant, reason = 0, str(error)
+        raise RankLost(f"{self._pace.max_regroups} attempts to regroup failed, the last so: {reason}")
+
+    async def _living(self, members: Members) -> Members:
+        """The DP groups that are whole. What does not answer, or cannot go on, is fenced."""
+        answers, lost = await ask_each(members.ranks, lambda rank: rank.status(), self._pace.answer_timeout_s)
+        for number, status in answers.items():
+            if status.state in (RankState.BROKEN, RankState.STOPPED):
+                lost[number] = f"rank {number} is {status.state}: {status.reason}"
+        whole = members.whole(members.ranks.keys() - lost.keys())
+        for number in members.ranks.keys() - lost.keys() - whole.ranks.keys():
+            lost[number] = f"rank {number} is left of a DP group that is not whole"
+        if lost:
+            self._on_members(whole)
+            await self._fence(members, lost)
+        if not whole.ranks:
+            raise RankLost("no DP group is left whole: " + "; ".join(lost.values()))
+        return whole
+
+    async def _fence(self, members: Members, lost: Mapping[int, str]) -> None:
+        for reason in lost.values():
+            log.warning("%s: %s", self._settings.engine, reason)
+        await asyncio.gather(*(self._ranks.fence(number, members.addresses.get(number)) for number in lost))
+
+    async def _once(self, members: Members) -> Regrouped:
+        pace, ranks = self._pace, members.ranks
+        generation = self._next_generation()
+        rest_s = pace.rest_timeout_s
+        holdings, lost = await ask_each(
+            ranks, lambda rank: rank.interrupt(generation, rest_s), rest_s + pace.answer_timeout_s
+        )
+        if lost:
+            self._on_members(members.whole(holdings.keys()))
+            await self._fence(members, lost)
+            raise RankLost("; ".join(lost.values()))
+        epoch = 1 + max(holding.epoch for holding in holdings.values())
+        placements = _placements(holdings, self._redundant)
+        addresses = list(members.addresses.values())
+        store = await self._store(addresses)
+        read = await ask_all(
+            ranks,
+            lambda rank: rank.regroup(generation, store, addresses, epoch, placements),
+            self._settings.load_timeout_s,
+        )
+        started = await ask_all(ranks, lambda rank: rank.start(), pace.start_timeout_s)
+        sessions = {members.plan.place(number).dp_group: session for number, session in started.items() if session}
+        return Regrouped(
+            members=replace(members, sessions=sessions),
+            generation=generation,
+            epoch=epoch,
+            bytes_read=sum(read.values()),
+        )
+
+
+def _placements(holdings: Mapping[int, Holdings], redundant: int) -> list[ExpertPlaces]:
+    """Of every layer with experts, from what each rank holds; empty where ranks share none."""
+    first = next(iter(holdings.values()))
+    found = []
+    for index, layer in enumerate(first.layers):
+        held = [holding.experts[index] for holding in holdings.values()]
+        placement = regrouped(held, first.num_experts, num_slots=first.num_experts + redundant)
+        found.append((layer, placement.slots))
+    return found

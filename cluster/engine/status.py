@@ -1,0 +1,77 @@
+"""What a leader tells of its engine, for `shoal status`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.engine.experts import ExpertWatch
+from cluster.engine.members import Members
+from protos.shoal.v1 import admin_pb2
+from workers.report import RankStatus
+from workers.settings import EngineSettings
+
+__all__ = ["LastRegroup", "engine_status"]
+
+
+@dataclass(frozen=True, slots=True)
+class LastRegroup:
+    """How many there have been under this leader; of the last one, why and how long."""
+
+    number: int
+    cause: str
+    seconds: float
+
+
+def engine_status(
+    settings: EngineSettings,
+    state: str,
+    generation: int,
+    members: Members,
+    reports: Sequence[RankStatus],
+    experts: ExpertWatch,
+    joining: Sequence[int],
+    last: LastRegroup | None,
+) -> admin_pb2.EngineStatus:
+    status = admin_pb2.EngineStatus(
+        name=settings.engine,
+        state=state,
+        generation=generation,
+        plan=str(settings.plan),
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+    )
+    for index, target in members.sessions.items():
+        status.dp_groups.add(index=index, address=target)
+    if reports:
+        status.collectives = reports[0].collectives
+        status.kernels = reports[0].kernels
+        status.dispatch = reports[0].dispatch
+        status.load_s = max(report.load_s for report in reports)
+    tokens = experts.rank_tokens
+    if tokens:
+        status.expert_imbalance, status.expert_epoch = experts.imbalance, experts.epoch
+    # With experts that move there is one stage, whose ranks are all there are.
+    carried = dict(zip(members.ranks, tokens, strict=False))
+    for report in reports:
+        if report.rank in members.ranks:
+            _add_rank(status, report, carried.get(report.rank, 0.0))
+    if members.ranks:
+        status.missing_ranks.extend(number for number in members.missing if number not in joining)
+        status.joining_ranks.extend(joining)
+    if last is not None:
+        status.num_regroups, status.last_regroup_cause, status.last_regroup_s = last.number, last.cause, last.seconds
+    return status
+
+
+def _add_rank(status: admin_pb2.EngineStatus, report: RankStatus, expert_tokens: float) -> None:
+    status.ranks.add(
+        rank=report.rank,
+        node=report.host,
+        pid=report.pid,
+        device=report.device,
+        threads=report.threads,
+        weight_bytes=report.weight_bytes,
+        cache_bytes=report.cache_bytes,
+        expert_tokens=expert_tokens,
+    )

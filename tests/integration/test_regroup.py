@@ -1,0 +1,181 @@
+"""Ranks in processes of their own that are killed and frozen under load: the others go on, bit for bit."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from protos.shoal.v1 import session_pb2
+from tests.checkpoints import tiny_deepseek
+from tests.integration.front_door_stream import FrontDoorStream, sampling
+from tests.integration.rank_process import Engine
+from workers.parallel.plan import ParallelPlan
+from workers.settings import EngineSettings
+
+STEP_TIMEOUT_S = 2.0
+NUM_TOKENS = 150
+PROMPTS = [[1, 5 + number, *range(40, 40 + 7 * number)] for number in range(8)]
+
+StartEngine = Callable[..., Engine]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_deepseek(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def start(model: Path, tmp_path: Path) -> Iterator[StartEngine]:
+    engines: list[Engine] = []
+
+    def start_engine(**plan: int) -> Engine:
+        folder = tmp_path / str(len(engines))
+        folder.mkdir()
+        settings = EngineSettings(
+            engine="e0",
+            model_name="tiny",
+            model_path=str(model),
+            plan=ParallelPlan(**plan),
+            dtype="float32",
+            device="cpu",
+            max_model_len=512,
+            max_batch_tokens=64,
+            cache_bytes=1 << 22,
+            step_timeout_s=STEP_TIMEOUT_S,
+            deterministic=True,
+        )
+        engines.append(Engine(folder, settings))
+        return engines[-1]
+
+    yield start_engine
+    for engine in engines:
+        engine.end()
+
+
+class Client:
+    """A front door in small: prompts dealt out over the groups, and replayed on another group where one is lost."""
+
+    def __init__(self, addresses: Sequence[str], num_tokens: int = NUM_TOKENS) -> None:
+        self._addresses = list(addresses)
+        self._num_tokens = num_tokens
+        self.tokens: list[list[int]] = [[] for _ in PROMPTS]
+        self.began = asyncio.Event()
+
+    async def run(self) -> list[list[int]]:
+        parts = [range(index, len(PROMPTS), len(self._addresses)) for index in range(len(self._addresses))]
+        await asyncio.gather(
+            *(self._serve(address, part) for address, part in zip(self._addresses, parts, strict=True))
+        )
+        return self.tokens
+
+    async def _serve(self, address: str, numbers: Sequence[int]) -> None:
+        async with FrontDoorStream(address) as stream:
+            for number in numbers:
+                params = sampling(self._num_tokens, temperature=float(number % 2), seed=number)
+                await stream.submit(number, PROMPTS[number], params, output_token_ids=self.tokens[number])
+            before = {number: list(self.tokens[number]) for number in numbers}
+            for number in numbers:
+                stream.tokens[number] = list(before[number])
+            await stream.until(lambda: all(len(stream.tokens[n]) > len(before[n]) for n in numbers) or _over(stream))
+            self.began.set()
+            await stream.until(lambda: _over(stream) or all(n in stream.finishes for n in numbers), timeout_s=60)
+            for number in numbers:
+                self.tokens[number] = stream.tokens[number]
+        left = [number for number in numbers if stream.finishes.get(number) != session_pb2.FINISH_LENGTH]
+        if left:
+            await self._serve(self._addresses[0], left)
+
+
+def _over(stream: FrontDoorStream) -> bool:
+    return stream.ended is not None
+
+
+async def _wait_for_trouble(engine: Engine, numbers: Sequence[int], timeout_s: float) -> list[str]:
+    return await asyncio.to_thread(engine.on_all, "trouble", engine.generation, timeout_s, numbers=numbers)
+
+
+@pytest.mark.parametrize(
+    "plan", [{"data": 4}, {"data": 4, "redundant_experts": 4}], ids=["dp 4", "dp 4 with redundant experts"]
+)
+async def test_a_killed_rank_is_replaced_by_the_others_and_comes_back(start: StartEngine, plan: dict[str, int]) -> None:
+    engine = start(**plan)
+    addresses = engine.start()
+    expected = await Client(addresses).run()
+
+    client = Client(addresses)
+    running = asyncio.create_task(client.run())
+    await client.began.wait()
+    engine.ranks[3].process.send_signal(signal.SIGKILL)
+    killed_s = time.monotonic()
+    reasons = await _wait_for_trouble(engine, [0, 1, 2], 10.0)
+    assert all(reasons)
+    assert time.monotonic() - killed_s < STEP_TIMEOUT_S, "noticed by the closed connection, not by silence"
+    sessions = await asyncio.to_thread(engine.regroup, [0, 1, 2])
+    assert list(sessions.values()) == addresses[:3], "the streams stay where they are"
+    assert time.monotonic() - killed_s < STEP_TIMEOUT_S + 1
+    await asyncio.to_thread(engine.replace, 3)
+    sessions = await asyncio.to_thread(engine.regroup, [0, 1, 2, 3])
+    assert await running == expected
+    status = engine.on_all("status")
+    assert [rank["generation"] for rank in status] == [engine.generation] * 4
+    assert await Client(list(sessions.values())).run() == expected
+    if not plan.get("redundant_experts"):
+        slots = engine.ranks[0].call("expert_loads")["slots"]
+        assert slots == [[[0, 1], [2, 3], [4, 5], [6, 7]]] * 2, "every expert is back where it began"
+    engine.stop()
+
+
+async def test_a_frozen_rank_is_noticed_by_its_silence_and_the_others_go_on(start: StartEngine) -> None:
+    engine = start(data=4)
+    addresses = engine.start()
+    expected = await Client(addresses).run()
+    client = Client(addresses)
+    running = asyncio.create_task(client.run())
+    await client.began.wait()
+    os.kill(engine.ranks[2].process.pid, signal.SIGSTOP)
+    frozen_s = time.monotonic()
+    reasons = await _wait_for_trouble(engine, [0, 1, 3], 10.0)
+    assert all(reasons)
+    assert STEP_TIMEOUT_S / 2 < time.monotonic() - frozen_s < STEP_TIMEOUT_S + 2
+    engine.ranks[2].process.send_signal(signal.SIGKILL)
+    await asyncio.to_thread(engine.regroup, [0, 1, 3])
+    assert await running == expected
+    engine.on_all("stop", numbers=[0, 1, 3])
+
+
+async def test_one_group_is_left_of_all(start: StartEngine) -> None:
+    engine = start(data=3)
+    addresses = engine.start()
+    expected = await Client(addresses).run()
+    client = Client(addresses)
+    running = asyncio.create_task(client.run())
+    await client.began.wait()
+    for lost in (1, 2):
+        engine.ranks[lost].process.send_signal(signal.SIGKILL)
+    await _wait_for_trouble(engine, [0], 10.0)
+    await asyncio.to_thread(engine.regroup, [0])
+    assert await running == expected
+    with pytest.raises(RuntimeError, match="Outdated"):
+        engine.ranks[0].call("interrupt", engine.generation, 1.0)
+    engine.on_all("stop", numbers=[0])
+
+
+async def test_a_group_of_two_goes_with_its_follower_and_the_other_group_goes_on(start: StartEngine) -> None:
+    engine = start(data=2, tensor=2)
+    addresses = engine.start()
+    expected = await Client(addresses).run()
+    client = Client(addresses)
+    running = asyncio.create_task(client.run())
+    await client.began.wait()
+    engine.ranks[3].process.send_signal(signal.SIGKILL)
+    await _wait_for_trouble(engine, [0, 1, 2], 10.0)
+    engine.ranks[2].process.send_signal(signal.SIGKILL)
+    await asyncio.to_thread(engine.regroup, [0, 1])
+    assert await running == expected
+    engine.on_all("stop", numbers=[0, 1])
