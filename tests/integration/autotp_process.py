@@ -54,7 +54,7 @@ def main(settings_path: str, rank: int, port: int, folders: list[str]) -> None:
     torch.set_num_threads(1)
     values: dict[str, Any] = json.loads(Path(settings_path).read_text())
     settings = EngineSettings(**{**values, "plan": ParallelPlan(**values["plan"])})
-    groups = Groups.join(settings, rank, generation=1, store=(HOST, port), hosts=(HOST,) * 2)
+    groups = Groups.join(settings, rank, generation=1, store=(HOST, port), hosts={0: HOST, 1: HOST})
     for folder in folders:
         try:
             found = run_all(dataclasses.replace(settings, model_path=folder), rank, groups.tensor)
