@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from scheduler.experts_regroup import regrouped
+from scheduler.settings import SchedulingSettings
 from workers.parallel.groups import host_store
 from workers.parallel.plan import ParallelPlan
 from workers.rank import Rank, RankAddress
@@ -149,7 +150,8 @@ def _serve(settings_path: str, number: str, secret: str) -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr
     values = json.loads(Path(settings_path).read_text())
-    settings = EngineSettings(**{**values, "plan": ParallelPlan(**values["plan"])})
+    scheduling = SchedulingSettings(**values["scheduling"])
+    settings = EngineSettings(**{**values, "plan": ParallelPlan(**values["plan"]), "scheduling": scheduling})
     rank = Rank(int(number), settings, secret.encode())
     for line in sys.stdin:
         call = json.loads(line)
