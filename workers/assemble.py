@@ -14,6 +14,7 @@ import torch
 
 from workers.cache import CacheSize, KVCache, show_size, size_cache
 from workers.graphs import CudaCapture
+from workers.kernels.libraries import found
 from workers.kernels.quantized import Weight, move
 from workers.kernels.seam import Kernels
 from workers.kernels.select import select_kernels
@@ -24,8 +25,9 @@ from workers.model.other_config import NOTICE
 from workers.model.sharding import Shard, check_plan, place_experts, shard_parameters
 from workers.parallel.all_to_all import AllToAllDispatch
 from workers.parallel.collectives import Collectives
+from workers.parallel.deep_ep import DeepEPDispatch, open_buffer
 from workers.parallel.dispatch import Dispatch, LocalDispatch, ShareDispatch
-from workers.parallel.exchange import Exchange
+from workers.parallel.exchange import Exchange, ProcessGroupExchange
 from workers.parallel.plan import RankPlace
 from workers.relocation import Relocation
 from workers.runner import Model, Report, Runner
@@ -227,8 +229,18 @@ def _dispatch(
     num_experts = shard.config.moe.gate.num_experts
     if expert is not None:
         placement = place_experts(num_experts, settings.plan)
+        if _can_use_deep_ep(settings, expert):
+            assert isinstance(expert, ProcessGroupExchange)
+            buffer = open_buffer(expert.group, expert.size, shard.config.hidden_size * 2)
+            return DeepEPDispatch(buffer, expert, placement, part=(shard.index, shard.size), device=device)
         return AllToAllDispatch(expert, placement, part=(shard.index, shard.size), device=device)
     return LocalDispatch(num_experts) if shard.size == 1 else ShareDispatch(num_experts, shard.experts, device)
+
+
+def _can_use_deep_ep(settings: EngineSettings, expert: Exchange) -> bool:
+    """It moves bf16 rows between GPUs; its sums depend on where experts live."""
+    fits = settings.device == "cuda" and settings.dtype == "bfloat16" and not settings.deterministic
+    return fits and isinstance(expert, ProcessGroupExchange) and "DeepEP" in found()
 
 
 def _weight_bytes(reader: WeightReader, shard: Shard, kernels: Kernels, dtype: torch.dtype) -> int:

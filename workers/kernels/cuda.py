@@ -40,7 +40,10 @@ class CudaKernels(ReferenceKernels):
 
             self._attend_paged = triton_paged.attend_paged
             decoding = str(libraries["triton"])
+        self.groups_experts = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
         self.description = f"torch; attention: {prompts} for prompts, {decoding} for decoding"
+        if self.groups_experts:
+            self.description += "; experts: torch's grouped product"
 
     def ragged(self, width: int) -> bool:
         return True

@@ -56,6 +56,7 @@ class ReferenceKernels:
 
     description = "torch"
     packs_weights = False
+    groups_experts = False
     one_form = False
 
     def describe(self, quantization: str) -> str:

@@ -61,6 +61,11 @@ class Kernels(Protocol):
         """Whether a linear layer keeps a copy in its own layout instead of the weight it was given."""
         ...
 
+    @property
+    def groups_experts(self) -> bool:
+        """Whether torch's grouped matrix product serves a layer's routed experts."""
+        ...
+
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
         """Takes `weight` [out, in] over: the caller must not keep it unless it means to hold it twice."""
         ...

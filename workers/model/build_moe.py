@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from workers.model.experts import Experts
+from workers.model.grouped_experts import GroupedExperts
 from workers.model.moe import Gate, MoE, SharedExperts
 from workers.model.parts import Parts
 from workers.parallel.dispatch import Dispatch
@@ -19,7 +20,8 @@ def build_moe(parts: Parts, layer: int, dispatch: Dispatch[Any]) -> MoE:
     name = f"layers.{layer}.mlp"
     norm = parts.norm(f"{name}.norm")
     gate = Gate(parts.need(f"{name}.gate.weight"), moe.gate, parts.maybe(f"{name}.gate.bias"), parts.kernels)
-    experts = Experts(len(parts.shard.experts), parts.kernels)
+    kind = GroupedExperts if parts.kernels.groups_experts else Experts
+    experts = kind(len(parts.shard.experts), parts.kernels)
     for slot in range(len(parts.shard.experts)):
         expert = f"{name}.experts.{slot}"
         experts.put(slot, parts.weight(f"{expert}.gate_up.weight"), parts.weight(f"{expert}.down.weight"))

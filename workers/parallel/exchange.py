@@ -66,7 +66,7 @@ class ProcessGroupExchange:
     def __init__(self, *, index: int, size: int, group: Any, kind: str, comm: Any) -> None:
         """`comm` is deepspeed.comm, or what has its `all_to_all_single`."""
         self._comm = comm
-        self._group = group
+        self.group = group
         self._early_rows = _FIRST_ROWS
         self.index = index
         self.size = size
@@ -88,7 +88,7 @@ class ProcessGroupExchange:
             first = rows[:early]
             _rows_in(part[head_bytes:], len(first), x).copy_(first)
         came = torch.empty_like(parts)
-        self._comm.all_to_all_single(came, parts, group=self._group)
+        self._comm.all_to_all_single(came, parts, group=self.group)
         head = came[:, :head_bytes].view(torch.int64)
         arrived, largest = head[:, :-1].contiguous(), int(head[:, -1].max())
         self._early_rows = min(1 << (largest - 1).bit_length(), most) if largest else 1
@@ -109,7 +109,7 @@ class ProcessGroupExchange:
             x.contiguous(),
             output_split_sizes=list(receive),
             input_split_sizes=list(send),
-            group=self._group,
+            group=self.group,
         )
         return received
 
