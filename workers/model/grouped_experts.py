@@ -1,7 +1,7 @@
 """Routed experts of a layer in two matrix products in all: torch's grouped one over their stacked weights.
 
-For GPUs of compute capability 9.0 and newer, where `torch._grouped_mm` is one kernel. Not run on a GPU; on a CPU the same
-call is a loop, with which it is tested.
+For GPUs of compute capability 9.0 and newer, where `torch._grouped_mm` is one kernel. Not run on a GPU; on a CPU the
+same call is a loop, with which it is tested.
 """
 
 from __future__ import annotations
