@@ -49,6 +49,7 @@ class FrontDoor:
                 api_keys=spec.api_keys,
                 administrators=spec.administrators,
                 chaos=spec.chaos,
+                quotas=spec.quotas,
                 cors_origins=spec.cors_origins,
                 limits=spec.limits,
                 routing=spec.routing,

@@ -19,7 +19,7 @@ from cluster.models import catalog
 from cluster.models.errors import ModelError
 from cluster.models.folder import inspect
 from cluster.models.progress import Progress
-from cluster.security import administrators, api_keys, new_secret
+from cluster.security import administrators, api_keys, new_secret, quotas
 from cluster.telemetry import endpoint_of
 from workers.model.other_config import NOTICE
 
@@ -30,7 +30,8 @@ def prepare(config: Config, machine: Machine, progress: Progress) -> ClusterSpec
     """Raises ConfigError, ModelError or PortError."""
     cluster = config.cluster
     keys = dict(api_keys(config.security))
-    if config.chaos.enabled and not config.security.administrators:
+    operators = administrators(config.security, keys)
+    if config.chaos.enabled and not operators:
         raise ConfigError(
             "chaos.enabled: name who may do it in security.administrators, with a key in security.api_key"
         )
@@ -59,7 +60,8 @@ def prepare(config: Config, machine: Machine, progress: Progress) -> ClusterSpec
         card=replace(card, architecture=card.architecture or model.config.model_type),
         secret=new_secret(),
         api_keys=keys,
-        administrators=administrators(config.security, keys),
+        administrators=operators,
+        quotas=quotas(config.security),
         chaos=config.chaos.enabled,
         cors_origins=config.security.cors_origin,
         rank_host=None if cluster.address else "127.0.0.1",

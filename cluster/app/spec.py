@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from cluster.config.network import NetworkSettings
 from cluster.front_door.limits import Limits
 from cluster.front_door.model_card import ModelCard
+from cluster.front_door.quotas import Quotas
 from workers.settings import EngineSettings
 
 __all__ = ["ClusterSpec"]
@@ -19,7 +20,7 @@ class ClusterSpec:
     settings: EngineSettings
     card: ModelCard
     secret: str = field(repr=False)
-    api_keys: dict[str, str] = field(repr=False)
+    api_keys: dict[str, tuple[str, ...]] = field(repr=False)
     cors_origins: tuple[str, ...]
     rank_host: str | None  # where ranks listen for each other and for front doors; None: their nodes' addresses
     host: str
@@ -36,4 +37,5 @@ class ClusterSpec:
     otlp_endpoint: str | None
     administrators: tuple[str, ...] = ()
     chaos: bool = False
+    quotas: Quotas = field(default_factory=Quotas)
     warnings: tuple[str, ...] = ()

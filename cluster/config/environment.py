@@ -14,6 +14,7 @@ __all__ = [
     "ray_auth_mode",
     "ray_uses_token",
     "set_variables",
+    "variable",
 ]
 
 
@@ -29,6 +30,11 @@ def cache_folder() -> Path:
 def api_key() -> str | None:
     """The clients' key, where an orchestrator hands secrets over in variables: SHOAL_API_KEY."""
     return os.environ.get("SHOAL_API_KEY") or None
+
+
+def variable(name: str) -> str | None:
+    """One that the configuration names."""
+    return os.environ.get(name) or None
 
 
 def otlp_endpoint() -> str | None:

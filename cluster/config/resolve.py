@@ -123,7 +123,7 @@ def resolve_dtype(wanted: str, model: ModelFacts, machine: Machine, device: str)
 def check_exposure(config: Config) -> None:
     """Raises ConfigError where strangers could use the server without a key."""
     host = config.cluster.host
-    if config.security.api_key or config.security.insecure or _is_loopback(host):
+    if config.security.api_key or config.security.api_keys or config.security.insecure or _is_loopback(host):
         return
     raise ConfigError(
         f"cluster.host: {host} can be reached from other machines; set security.api_key, "

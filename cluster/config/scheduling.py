@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 from cluster.config.schema import Config, FairnessSection
 from cluster.front_door.limits import Limits
@@ -49,17 +49,24 @@ def front_door_limits(config: Config) -> Limits:
 def _fairness(config: Config) -> FairnessSettings | None:
     """Between one tenant and itself there is nothing to share out."""
     section, keys = config.scheduling.fairness, config.security.api_key
+    names = {one.tenant for one in config.security.api_keys} | (set(keys) if isinstance(keys, dict) else set())
     if section == "auto":
-        section = FairnessSection() if isinstance(keys, dict) and len(keys) > 1 else None
+        section = FairnessSection() if len(names) + isinstance(keys, str) > 1 else None
+    weights = {one.tenant: one.weight for one in config.security.api_keys if one.weight is not None}
     if section is None:
+        if weights:
+            raise ValueError("security.api_keys: weights need tenants to share with, and scheduling.fairness")
         return None
-    names = set(keys) if isinstance(keys, dict) else set()
     unknown = sorted(set(section.tenants) - names)
     if unknown:
         known = f"there are {', '.join(sorted(names))}" if names else "give security.api_key names: {alice: KEY}"
         raise ValueError(f"scheduling.fairness.tenants.{unknown[0]}: no API key has that name; {known}")
+    twice = sorted(set(section.tenants) & set(weights))
+    if twice:
+        raise ValueError(f"scheduling.fairness.tenants.{twice[0]}: security.api_keys gives a weight already")
+    sections = {name: replace(section.default, weight=weight) for name, weight in weights.items()} | section.tenants
     return FairnessSettings(
-        tenants={name: TenantLimits(**asdict(limits)) for name, limits in section.tenants.items()},
+        tenants={name: TenantLimits(**asdict(limits)) for name, limits in sections.items()},
         default=TenantLimits(**asdict(section.default)),
         output_cost=section.output_cost,
     )

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import StringConstraints
 
 __all__ = [
+    "ApiKeySection",
     "ChaosSection",
     "ClusterSection",
     "Config",
@@ -21,6 +22,7 @@ __all__ = [
     "ModelSection",
     "NetworkSection",
     "ParallelSection",
+    "RateLimitSection",
     "ResourcesSection",
     "SchedulingSection",
     "SecuritySection",
@@ -161,13 +163,42 @@ class ResourcesSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RateLimitSection:
+    """What one tenant may ask of a front door; null is no bound."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
+    requests_per_minute: AtLeastOne | None = None
+    tokens_per_minute: AtLeastOne | None = None
+    max_open: AtLeastOne | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApiKeySection:
+    """A tenant's key, given here, in a file or in a variable of the environment, and the tenant's own limits."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
+    tenant: Annotated[str, MinLen(1)]
+    key: str | None = None
+    key_file: str | None = None
+    key_env: str | None = None
+    role: Literal["user", "admin"] = "user"
+    requests_per_minute: AtLeastOne | None = None
+    tokens_per_minute: AtLeastOne | None = None
+    max_open: AtLeastOne | None = None
+    weight: Annotated[float, Gt(0)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SecuritySection:
-    """`api_key` is one key, or several by the name of who holds them; `administrators` are the names that may drain,
+    """`api_key` is one key, or several by the name of who holds them; `api_keys` says more of each; `rate_limit` is for
+    every tenant that has no limits of its own; `administrators` are the names that may drain,
     scale, roll out and harm (a lone key is called "default"). `insecure` states that an address other than loopback
     may be served without a key."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
     api_key: str | dict[str, str] | None = None
+    api_keys: tuple[ApiKeySection, ...] = ()
+    rate_limit: RateLimitSection | None = None
     insecure: bool = False
     cors_origin: tuple[str, ...] = ()
     administrators: tuple[str, ...] = ()

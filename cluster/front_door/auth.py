@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cluster.front_door.errors import Unauthenticated
 
@@ -14,10 +14,11 @@ Authenticate = Callable[[str], str]
 
 
 class ApiKeys:
-    """Clients' keys by name; with none configured everybody may come in, without a name."""
+    """Clients' keys by name; a name may hold several. With none configured everybody may come in, without a name."""
 
-    def __init__(self, keys: Mapping[str, str]) -> None:
-        self._keys = {name: key.encode() for name, key in keys.items()}
+    def __init__(self, keys: Mapping[str, str | Sequence[str]]) -> None:
+        several = {name: (held,) if isinstance(held, str) else held for name, held in keys.items()}
+        self._keys = [(name, key.encode()) for name, held in several.items() for key in held]
 
     def __call__(self, key: str) -> str:
         if not self._keys:
@@ -26,7 +27,7 @@ class ApiKeys:
             raise Unauthenticated("an API key is needed: send it as `authorization: Bearer KEY`")
         shown = key.encode("utf-8", "surrogateescape")
         # All are compared, each in constant time: how long this takes tells nothing of how close a guess was.
-        names = [name for name, known in self._keys.items() if hmac.compare_digest(shown, known)]
+        names = [name for name, known in self._keys if hmac.compare_digest(shown, known)]
         if not names:
             raise Unauthenticated("the API key is not known here")
         return names[0]

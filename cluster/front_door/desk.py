@@ -28,6 +28,7 @@ from cluster.front_door.errors import (
     AlreadyExists,
     DeadlineExceeded,
     InvalidRequest,
+    RateLimited,
     RequestError,
     RequestNotFound,
     Unavailable,
@@ -41,6 +42,7 @@ from cluster.front_door.model_card import ModelCard
 from cluster.front_door.open_request import OpenRequest
 from cluster.front_door.origin import body_digest, empty_output, origin_of
 from cluster.front_door.prompts import PromptEncoder
+from cluster.front_door.quotas import Allowances, Quotas, Standing
 from cluster.front_door.reading import Reading
 from cluster.front_door.recent import Recent
 from cluster.front_door.spans import RequestSpan
@@ -75,6 +77,7 @@ class Desk:
         tracer: trace.Tracer | None = None,
         share_prefixes: bool = False,
         grammars: GrammarCompiler | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         self.card = card
         self.codec = codec
@@ -83,6 +86,7 @@ class Desk:
         self._clock = clock
         self._links = links
         self._grammars = grammars
+        self._allowances = Allowances(quotas or Quotas(), clock)
         self._tracer = tracer or trace.get_tracer("shoal.front_door")
         self._prompts = PromptEncoder(codec, template)
         self._dispatcher = Dispatcher(links, limits, clock, metrics, share_prefixes=share_prefixes)
@@ -109,6 +113,10 @@ class Desk:
     def on_ready_change(self, listener: Callable[[], None]) -> None:
         """Calls `listener` whenever `ready()` may have changed."""
         self._listeners.append(listener)
+
+    def standings(self, tenant: str) -> dict[str, Standing]:
+        """What is left of a tenant's limits: of "requests" and "tokens", where there are any."""
+        return self._allowances.standings(tenant)
 
     def models(self) -> tuple[ModelCard, ...]:
         return (self.card,)
@@ -283,7 +291,9 @@ class Desk:
         request.expire_at(self._deadline_s(request.call.timeout_s))
         if not self._links.ready and not self._dispatcher.worth_waiting:
             raise Unavailable("no engine is ready", retry_after_s=1.0)
+        self._allowances.check(request.call.tenant)
         self._enter(request)
+        self._allowances.count(request.call.tenant)
         return resolved
 
     async def _choices(self, request: OpenRequest, resolved: Resolved) -> tuple[Choice, ...]:
@@ -293,6 +303,7 @@ class Desk:
         prepared = fit(resolved, prompt, self.card, field=field)
         cost_tokens = prepared.n * (len(prompt) + prepared.sampling.max_tokens)
         self._gate.weigh(request.call.priority, cost_tokens)
+        self._allowances.spend(request.call.tenant, len(prompt))
         request.cost_tokens = cost_tokens
         request.raise_failure()
         request.span.prepared(prepared)
@@ -328,6 +339,11 @@ class Desk:
         if self._open.get(request.key) is request:
             return
         self._gate.enter(request.call.priority, request.cost_tokens)
+        try:
+            self._allowances.enter(request.call.tenant)
+        except RateLimited:
+            self._gate.leave(request.cost_tokens)
+            raise
         self._open[request.key] = request
         self._idle.clear()
 
@@ -337,6 +353,10 @@ class Desk:
         if self._open.get(request.key) is request:
             del self._open[request.key]
             self._gate.leave(request.cost_tokens)
+            self._allowances.leave(request.call.tenant)
+            made = sum(len(choice.output.token_ids) for choice in request.choices)
+            self._allowances.spend(request.call.tenant, made - request.num_paid)
+            request.num_paid = made
             if request.choices:
                 self._recent.keep(request)
         if not self._open:

@@ -35,6 +35,7 @@ class OpenRequest:
         self.call = call
         self.choices: tuple[Choice, ...] = ()
         self.cost_tokens = 0
+        self.num_paid = 0  # tokens of the answer that its tenant was charged for
         self.deadline_s: float | None = None
         self.body_digest = ""  # where the client gave an idempotency key
         self.begun = asyncio.Event()

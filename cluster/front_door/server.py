@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from cluster.front_door.link import LinkOptions
 from cluster.front_door.links import Links
 from cluster.front_door.metrics import FrontDoorMetrics
 from cluster.front_door.model_card import ModelCard
+from cluster.front_door.quotas import Quotas
 from cluster.front_door.text import Template, TextCodec
 from cluster.front_door.tokenizer import Tokenizer
 from scheduler.routing import POLICIES
@@ -43,9 +44,10 @@ class FrontDoorSettings:
     host: str = "127.0.0.1"
     grpc_port: int = 9000
     http_port: int | None = 8000  # None: no HTTP door
-    api_keys: Mapping[str, str] = field(default_factory=dict)
+    api_keys: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
     administrators: tuple[str, ...] = ()  # names of keys; where there are no keys, everybody is one
     chaos: bool = False  # whether administrators may inject faults
+    quotas: Quotas = field(default_factory=Quotas)
     cors_origins: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     routing: str = "prefix-affinity"
@@ -94,6 +96,7 @@ class FrontDoorServer:
             tracer=tracer,
             share_prefixes=settings.share_prefixes,
             grammars=grammars,
+            quotas=settings.quotas,
         )
         authenticate = ApiKeys(settings.api_keys)
         admin = None

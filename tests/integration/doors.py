@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import grpc
 
 from cluster.front_door.admin_door import Operations
 from cluster.front_door.limits import Limits
+from cluster.front_door.quotas import Quotas
 from cluster.front_door.server import FrontDoorServer, FrontDoorSettings
 from protos.shoal.v1 import admin_pb2, inference_pb2_grpc
 from protos.shoal.v1 import inference_pb2 as pb
@@ -40,7 +41,7 @@ class Door:
 async def open_door(
     *groups: FakeGroup,
     limits: Limits | None = None,
-    api_keys: Mapping[str, str] | None = None,
+    api_keys: Mapping[str, str | Sequence[str]] | None = None,
     http: bool = False,
     secret: str = SECRET,
     await_groups: bool = True,
@@ -49,6 +50,7 @@ async def open_door(
     administrators: tuple[str, ...] = (),
     chaos: bool = False,
     grammars: GrammarCompiler | None = None,
+    quotas: Quotas | None = None,
 ) -> AsyncIterator[Door]:
     """Groups are started, the door opened, and all of it ended whatever happens."""
     settings = FrontDoorSettings(
@@ -58,6 +60,7 @@ async def open_door(
         http_port=0 if http else None,
         limits=limits or Limits(),
         api_keys=api_keys or {},
+        quotas=quotas or Quotas(),
         administrators=administrators,
         chaos=chaos,
     )

@@ -23,7 +23,7 @@ from cluster.front_door.http.completions import CompletionStyle, without_output
 from cluster.front_door.http.connection import read_body, while_connected
 from cluster.front_door.http.faults import HttpFault, error_response
 from cluster.front_door.http.gather import gather
-from cluster.front_door.http.headers import Envelop, asker
+from cluster.front_door.http.headers import RATE_LIMIT_HEADERS, Envelop, asker
 from cluster.front_door.http.landing import landing_page
 from cluster.front_door.http.merge import open_all
 from cluster.front_door.http.parse import Body, check_content_type, parse
@@ -60,7 +60,7 @@ def build_app(
             allow_origins=list(cors_origin),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id"],
+            expose_headers=["x-request-id", "retry-after", *RATE_LIMIT_HEADERS],
         )
     app.add_exception_handler(HTTPException, _no_such_endpoint)
     for kind in (RequestError, HttpFault):
@@ -115,15 +115,15 @@ class _Door:
         return Response(encode(self._registry), headers={"Content-Type": content_type})
 
     async def models(self, request: Request) -> Response:
-        asker(request, self._authenticate)
+        asker(request, self._authenticate, self._desk)
         return _json({"object": "list", "data": [_model_object(card) for card in self._desk.models()]})
 
     async def model(self, request: Request) -> Response:
-        asker(request, self._authenticate)
+        asker(request, self._authenticate, self._desk)
         return _json(_model_object(self._card(request.path_params["name"])))
 
     async def completions(self, request: Request) -> Response:
-        who = asker(request, self._authenticate)
+        who = asker(request, self._authenticate, self._desk)
         body = await self._body(request, CompletionBody)
         calls = completion_calls(body, who, self._limits)
         style = CompletionStyle(body, calls, self._desk.codec)
@@ -132,13 +132,13 @@ class _Door:
         )
 
     async def chat_completions(self, request: Request) -> Response:
-        who = asker(request, self._authenticate)
+        who = asker(request, self._authenticate, self._desk)
         body = await self._body(request, ChatBody)
         call = chat_call(body, who)
         return await self._answer(request, body, (call,), ChatStyle(body, self._desk.codec), id=call.request_id)
 
     async def tokenize(self, request: Request) -> Response:
-        asker(request, self._authenticate)
+        asker(request, self._authenticate, self._desk)
         body = await self._body(request, TokenizeBody)
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("exactly one of prompt and messages must be given", field="prompt")
@@ -157,7 +157,7 @@ class _Door:
         return _json({"count": len(tokens), "max_model_len": card.max_model_len, "tokens": tokens, "token_strs": texts})
 
     async def detokenize(self, request: Request) -> Response:
-        asker(request, self._authenticate)
+        asker(request, self._authenticate, self._desk)
         body = await self._body(request, DetokenizeBody)
         return _json({"prompt": await self._desk.detokenize(body.tokens, model=body.model)})
 

@@ -14,13 +14,18 @@ from cluster.front_door.errors import InvalidRequest
 from cluster.front_door.http.calls import Asker
 from cluster.front_door.http.connection import ClientGone
 from cluster.front_door.http.faults import error_response
+from cluster.front_door.http.seam import DeskLike
 
-__all__ = ["Envelop", "asker"]
+__all__ = ["RATE_LIMIT_HEADERS", "Envelop", "asker"]
 
 REQUEST_ID = "x-request-id"
 TIMEOUT = "x-request-timeout"
 IDEMPOTENCY_KEY = "idempotency-key"
 _MOST_ID_CHARS = 128
+RATE_LIMIT_HEADERS = tuple(
+    f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")
+)
+_STANDINGS = "standings"  # in a request's state
 
 
 class Envelop:
@@ -43,7 +48,9 @@ class Envelop:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID] = request_id
+                headers.update(_rate_limits(scope))
             await send(message)
 
         try:
@@ -56,15 +63,28 @@ class Envelop:
             await error_response(error)(scope, receive, send_with_id)
 
 
-def asker(request: Request, authenticate: Authenticate | None) -> Asker:
-    """Raises Unauthenticated, PermissionDenied or InvalidRequest."""
+def asker(request: Request, authenticate: Authenticate | None, desk: DeskLike) -> Asker:
+    """Raises Unauthenticated, PermissionDenied or InvalidRequest. The answer will tell of the tenant's limits."""
     headers = request.headers
+    client = authenticate(key_in_metadata(headers.items())) if authenticate is not None else ""
+    setattr(request.state, _STANDINGS, lambda: desk.standings(client))
     return Asker(
-        client=authenticate(key_in_metadata(headers.items())) if authenticate is not None else "",
+        client=client,
         timeout_s=_timeout_s(headers),
         traceparent=headers.get("traceparent", ""),
         idempotency_key=headers.get(IDEMPOTENCY_KEY, ""),
     )
+
+
+def _rate_limits(scope: Scope) -> dict[str, str]:
+    """OpenAI's headers, as the tenant stands when the answer begins; none where it has no limits."""
+    standings = scope.get("state", {}).get(_STANDINGS)
+    found: dict[str, str] = {}
+    for unit, standing in (standings() if standings is not None else {}).items():
+        found[f"x-ratelimit-limit-{unit}"] = str(standing.limit)
+        found[f"x-ratelimit-remaining-{unit}"] = str(standing.remaining)
+        found[f"x-ratelimit-reset-{unit}"] = f"{standing.reset_s:.3f}s"
+    return found
 
 
 def _request_id(headers: Headers) -> str:

@@ -9,6 +9,7 @@ from typing import Protocol
 from cluster.front_door.call import Call, Chunk, Message
 from cluster.front_door.limits import Limits
 from cluster.front_door.model_card import ModelCard
+from cluster.front_door.quotas import Standing
 from cluster.front_door.text import TextCodec
 
 __all__ = ["DeskLike", "HttpLimits"]
@@ -30,6 +31,8 @@ class DeskLike(Protocol):
     def models(self) -> Sequence[ModelCard]: ...
 
     def ready(self) -> bool: ...
+
+    def standings(self, tenant: str) -> dict[str, Standing]: ...
 
     async def tokenize(
         self,

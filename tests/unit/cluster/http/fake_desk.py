@@ -11,6 +11,7 @@ from cluster.front_door.chat_template import ChatTemplate
 from cluster.front_door.errors import InvalidRequest
 from cluster.front_door.limits import Limits
 from cluster.front_door.model_card import ModelCard
+from cluster.front_door.quotas import Standing
 from cluster.front_door.tokenizer import Tokenizer
 from cluster.front_door.validate import Prepared, check_model, check_token_ids, fit, resolve
 from scheduler.plan import FinishReason, TokenLogprobs
@@ -51,6 +52,9 @@ class FakeDesk:
 
     def ready(self) -> bool:
         return self.is_ready
+
+    def standings(self, tenant: str) -> dict[str, Standing]:
+        return {}
 
     async def open(self, call: Call) -> AsyncGenerator[Chunk, None]:
         self.calls.append(call)
