@@ -25,6 +25,11 @@ __all__ = ["MAX_MODEL_LEN", "SyntheticGroup"]
 MAX_MODEL_LEN = 8192
 _BLOCK_SIZE = 16
 _NUM_BLOCKS = 1 << 16
+# Front doors ping every few seconds, also while nothing is open.
+_KEEPALIVE = (
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+)
 
 
 class SyntheticGroup(rpc.DPGroupServicer):
@@ -112,7 +117,7 @@ def _load(num_running: int) -> pb.Load:
 
 
 async def _serve(model: str, token_id: int) -> None:
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=_KEEPALIVE)
     rpc.add_DPGroupServicer_to_server(SyntheticGroup(model, token_id), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <vector>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -16,6 +17,8 @@
 namespace {
 
 constexpr int64_t kChunk = 256;  // cached tokens that one task attends to; fixed, so that sums do not depend on threads
+
+constexpr int64_t kBlock = 64;    // logits whose maximum is looked at first
 
 inline float widen(uint16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
@@ -30,6 +33,9 @@ inline uint16_t narrow(float x) {
   std::memcpy(&bits, &x, sizeof bits);
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
+
+// Orders bf16 values as integers; a NaN has its place too, so that sorting stays sound.
+inline uint16_t rank(uint16_t x) { return static_cast<uint16_t>(x & 0x8000 ? ~x : x | 0x8000); }
 
 struct Paged {
   const uint16_t* q;
@@ -255,6 +261,53 @@ void shoal_rotate(uint16_t* x, int64_t x_row, int64_t x_head, const uint16_t* co
         low[d] = narrow(a * widen(c[d]) + b * widen(s[d]));
         high[d] = narrow(b * widen(c[half + d]) + a * widen(s[half + d]));
       }
+    }
+  }
+}
+
+// Logits in fp32, the largest `candidates` of each row computed again from x and the head's weight.
+//   out, logits  [rows, vocabulary];  x [rows, width], rows `x_row` apart;  weight [vocabulary, width]
+// Of equal logits the lower ids come first.
+void shoal_refine(float* out, const uint16_t* logits, const uint16_t* x, int64_t x_row, const uint16_t* weight,
+                  int64_t rows, int64_t vocabulary, int64_t width, int64_t candidates, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 1)
+  for (int64_t t = 0; t < rows; ++t) {
+    float* row = out + t * vocabulary;
+    const uint16_t* from = logits + t * vocabulary;
+    for (int64_t i = 0; i < vocabulary; ++i) row[i] = widen(from[i]);
+
+    // As many blocks' maxima as there are candidates bound the smallest candidate from below.
+    std::vector<uint16_t> peaks;
+    for (int64_t start = 0; start < vocabulary; start += kBlock) {
+      const int64_t stop = std::min(start + kBlock, vocabulary);
+      uint16_t peak = 0;
+      for (int64_t i = start; i < stop; ++i) peak = std::max(peak, rank(from[i]));
+      peaks.push_back(peak);
+    }
+    uint16_t bound = 0;
+    if (static_cast<int64_t>(peaks.size()) > candidates) {
+      std::vector<uint16_t> order(peaks);
+      std::nth_element(order.begin(), order.begin() + candidates - 1, order.end(), std::greater<uint16_t>());
+      bound = order[candidates - 1];
+    }
+    std::vector<int64_t> likely;
+    for (int64_t block = 0; block < static_cast<int64_t>(peaks.size()); ++block) {
+      if (peaks[block] < bound) continue;
+      const int64_t stop = std::min((block + 1) * kBlock, vocabulary);
+      for (int64_t i = block * kBlock; i < stop; ++i)
+        if (rank(from[i]) >= bound) likely.push_back(i);
+    }
+    if (static_cast<int64_t>(likely.size()) > candidates) {
+      std::nth_element(likely.begin(), likely.begin() + candidates - 1, likely.end(), [&](int64_t a, int64_t b) {
+        const uint16_t ranks[2] = {rank(from[a]), rank(from[b])};
+        return ranks[0] > ranks[1] || (ranks[0] == ranks[1] && a < b);
+      });
+      likely.resize(candidates);
+    }
+    for (const int64_t id : likely) {
+      float sum = 0;
+      for (int64_t d = 0; d < width; ++d) sum += widen(x[t * x_row + d]) * widen(weight[id * width + d]);
+      row[id] = sum;
     }
   }
 }

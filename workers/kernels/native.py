@@ -28,6 +28,8 @@ _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 # width, scale, threads
 _ATTEND = (_POINTER, _POINTER, _INT, _POINTER, _INT, _POINTER, _INT, _POINTER, *(_INT,) * 5, _FLOAT, _INT)
 _RMS_NORM = (_POINTER, _POINTER, _INT, _POINTER, _INT, _INT, _FLOAT, _INT)
+# out, logits, x, x_row, weight, rows, vocabulary, width, candidates, threads
+_REFINE = (_POINTER, _POINTER, _POINTER, _INT, _POINTER, *(_INT,) * 5)
 _ROTATE = (_POINTER, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _INT, _INT)
 
 
@@ -48,6 +50,7 @@ def find_native() -> ctypes.PyDLL | None:
         ("shoal_attend_paged", _ATTEND),
         ("shoal_rms_norm", _RMS_NORM),
         ("shoal_rotate", _ROTATE),
+        ("shoal_refine", _REFINE),
     ):
         function = getattr(library, name)
         function.argtypes, function.restype = types, None
@@ -106,6 +109,26 @@ class NativeKernels(PackedKernels):
             width,
             torch.get_num_threads(),
         )
+
+    def refine(self, logits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, candidates: int) -> torch.Tensor:
+        if not (logits.dtype == x.dtype == weight.dtype == torch.bfloat16):
+            return super().refine(logits, x, weight, candidates)
+        rows, vocabulary = logits.shape
+        logits, weight = logits.contiguous(), weight.contiguous()
+        refined = torch.empty(rows, vocabulary, dtype=torch.float32)
+        self._library.shoal_refine(
+            refined.data_ptr(),
+            logits.data_ptr(),
+            x.data_ptr(),
+            x.stride(0),
+            weight.data_ptr(),
+            rows,
+            vocabulary,
+            x.shape[1],
+            candidates,
+            torch.get_num_threads(),
+        )
+        return refined
 
     def ragged(self, width: int) -> bool:
         return bool(self._library.shoal_attends(width))

@@ -14,6 +14,8 @@ from workers.step import DecodeGroup
 
 __all__ = ["ReferenceKernels"]
 
+_REFINED_ROWS = 64  # at a time: their candidates' weights are gathered in fp32
+
 
 class _Linear:
     __slots__ = ("_bias", "_weight")
@@ -110,6 +112,17 @@ class ReferenceKernels:
         # The queries that share a kv head are rows of one small matrix: no key or value is repeated.
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return out.reshape(q.shape[0], -1)
+
+    def refine(self, logits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, candidates: int) -> torch.Tensor:
+        if logits.dtype == torch.float32:
+            return logits
+        refined = logits.float()
+        likely = logits.topk(min(candidates, logits.shape[-1]), dim=-1, sorted=False).indices
+        for start in range(0, len(x), _REFINED_ROWS):
+            rows = slice(start, start + _REFINED_ROWS)
+            exact = (weight[likely[rows]].float() * x[rows].float().unsqueeze(1)).sum(dim=-1)
+            refined[rows].scatter_(1, likely[rows], exact)
+        return refined
 
     def attend_prefill(
         self,

@@ -124,6 +124,10 @@ class Kernels(Protocol):
         """
         ...
 
+    def refine(self, logits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, candidates: int) -> torch.Tensor:
+        """Logits [T, vocabulary] in fp32, the largest few of each row anew as `x @ weight.T` with sums in fp32."""
+        ...
+
     def attend_prefill(
         self,
         q: torch.Tensor,

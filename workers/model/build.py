@@ -49,7 +49,7 @@ def build_decoder(
         embedding=embedding(table, shard.vocab[0], tensor),
         layers=layers,
         norm=norm,
-        head=head(kernels.linear(output, None), output, config.vocab_size, tensor),
+        head=head(kernels, kernels.linear(output, None), output, config.vocab_size, tensor),
         rotary=rotary_table(config.rope, config.head_dim, num_positions, dtype=dtype, device=device),
     )
 

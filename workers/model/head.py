@@ -11,13 +11,12 @@ from typing import Protocol
 
 import torch
 
-from workers.kernels.seam import Linear
+from workers.kernels.seam import Kernels, Linear
 from workers.parallel.collectives import Collectives
 
-__all__ = ["CANDIDATES", "Head", "head", "refine"]
+__all__ = ["CANDIDATES", "Head", "head"]
 
 CANDIDATES = 32
-_ROWS = 64  # at a time: their candidates' weights are gathered in fp32
 
 
 class Head(Protocol):
@@ -26,36 +25,24 @@ class Head(Protocol):
         ...
 
 
-def head(linear: Linear, weight: torch.Tensor, vocab_size: int, tensor: Collectives) -> Head:
+def head(kernels: Kernels, linear: Linear, weight: torch.Tensor, vocab_size: int, tensor: Collectives) -> Head:
     """`linear` computes `x @ weight.T`; both hold this rank's rows, as many on each rank, and those past `vocab_size`
     are dropped.
     """
-    whole = _WholeHead(linear, weight)
+    whole = _WholeHead(kernels, linear, weight)
     return whole if tensor.size == 1 else _CutHead(whole, vocab_size, tensor)
 
 
-def refine(logits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`logits` [T, vocabulary] in fp32, the `CANDIDATES` largest of each row as exact as fp32 sums make them."""
-    if logits.dtype == torch.float32:
-        return logits
-    refined = logits.float()
-    candidates = logits.topk(min(CANDIDATES, logits.shape[-1]), dim=-1, sorted=False).indices
-    for start in range(0, len(x), _ROWS):
-        rows = slice(start, start + _ROWS)
-        exact = (weight[candidates[rows]].float() * x[rows].float().unsqueeze(1)).sum(dim=-1)
-        refined[rows].scatter_(1, candidates[rows], exact)
-    return refined
-
-
 class _WholeHead:
-    __slots__ = ("_linear", "_weight")
+    __slots__ = ("_kernels", "_linear", "_weight")
 
-    def __init__(self, linear: Linear, weight: torch.Tensor) -> None:
+    def __init__(self, kernels: Kernels, linear: Linear, weight: torch.Tensor) -> None:
+        self._kernels = kernels
         self._linear = linear
         self._weight = weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return refine(self._linear(x), x, self._weight)
+        return self._kernels.refine(self._linear(x), x, self._weight, CANDIDATES)
 
 
 class _CutHead:

@@ -115,6 +115,29 @@ def test_rotates_in_place(native: NativeKernels, rows: int) -> None:
     assert torch.equal(wide[:, 128:], before[:, 128:])
 
 
+@pytest.mark.parametrize("vocabulary", [20, 100, 5000])
+@pytest.mark.parametrize("tied", [False, True])
+def test_refines_the_largest_logits(native: NativeKernels, vocabulary: int, tied: bool) -> None:
+    x, weight = _random(5, 48), _random(vocabulary, 48, seed=1)
+    logits = torch.nn.functional.linear(x, weight)
+    if tied:  # more equal ones than are refined
+        logits.fill_(3.0)
+    got = native.refine(logits, x, weight, 32)
+    exact = x.float() @ weight.float().T
+    order = logits.float().sort(dim=-1, descending=True, stable=True).indices
+    likely, others = order[:, :32], order[:, 32:]
+    torch.testing.assert_close(got.gather(1, likely), exact.gather(1, likely))
+    assert torch.equal(got.gather(1, others), logits.float().gather(1, others))
+
+
+def test_logits_that_are_no_numbers_do_no_harm(native: NativeKernels) -> None:
+    x, weight = _random(2, 48), _random(5000, 48, seed=1)
+    logits = torch.nn.functional.linear(x, weight)
+    logits[0, ::3] = torch.nan
+    logits[1] = torch.inf
+    assert torch.equal(native.refine(logits, x, weight, 32).isnan()[1:], logits.isnan()[1:])
+
+
 def test_threads_do_not_change_a_bit(native: NativeKernels) -> None:
     group, blocks = _group([700, 30, 256])
     cache = LayerCache(_random(blocks * BLOCK_SIZE, 2 * 2 * 64, seed=1), BLOCK_SIZE)
