@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ _RAY = "ray"  # Ray opens its folder to everybody: the one around it, with the t
 _MAX_FOLDER_CHARS = 40  # Ray puts sockets below it, whose whole path may have 107
 _OBJECT_STORE_BYTES = 80_000_000  # next to the least that Ray takes: nothing large passes through its store
 _END_TIMEOUT_S = 5.0
+_KNOCK_S = 5.0
 
 
 @dataclass(slots=True)
@@ -125,6 +127,7 @@ def _start_guard(folder: Path) -> subprocess.Popen[str]:
 
 def join_ray(address: str) -> RaySession:
     """Joins the cluster at `address`. Raises ConnectionError in one line."""
+    _knock(address)
     _quieten()
     if ray_auth_mode() is None and has_ray_token():
         set_variables({"RAY_AUTH_MODE": "token"})  # a cluster that was started beside that token demands it
@@ -137,6 +140,20 @@ def join_ray(address: str) -> RaySession:
         raise ConnectionError(f"no Ray cluster that knows our token answers at {address}: {reason}") from None
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     return RaySession(None, int(ray.cluster_resources().get("GPU", 0)), min([count for count in cores if count] or [1]))
+
+
+def _knock(address: str) -> None:
+    """Ray itself tries for minutes before it says that nobody is there."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return  # "auto": Ray knows whether one runs on this machine
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+    except OSError as error:
+        reason = error.strerror or "no answer"
+        raise ConnectionError(
+            f"no Ray cluster answers at {address} ({reason}); is its head up, and that its port?"
+        ) from None
 
 
 def _quieten() -> None:

@@ -18,7 +18,7 @@ PORT = 6379
 RAY_ENV = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 _STORE = "--object-store-memory=80000000"
 _SHOAL = (sys.executable, "-c", "from cluster.cli import main; main()")
-_START_TIMEOUT_S = 120.0
+_START_TIMEOUT_S = 180.0
 
 
 def give_token(*hosts: Host, token: str | None = None) -> str:

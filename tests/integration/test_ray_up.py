@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -58,10 +59,9 @@ def test_ray_up_then_serve_then_a_request(hosts: Hosts, model: Path) -> None:
     admin.write("local.yaml", yaml.safe_dump(document))
     began_s = time.monotonic()
     # From the repository's root, as the file says.
-    admin.run("sh", "-c", f"cd {ROOT} && ray up -y --no-config-cache {HOME}/local.yaml", timeout_s=120)
+    admin.run("sh", "-c", f"cd {ROOT} && ray up -y --no-config-cache {HOME}/local.yaml", timeout_s=180)
     up_s = time.monotonic() - began_s
-    cores = int(head.run("nproc").stdout)
-    with serving_on(head, model, config(cores)) as server:
+    with serving_on(head, model, config(len(os.sched_getaffinity(0)))) as server:
         ready_s = time.monotonic() - began_s
         doors = [line.split()[-1] for line in server.output.splitlines() if line.strip().startswith("gRPC")]
         asked = admin.run(sys.executable, "-m", "tests.hosts.ask", doors[0], API_KEY, "A shoal is", "8")
@@ -70,7 +70,6 @@ def test_ray_up_then_serve_then_a_request(hosts: Hosts, model: Path) -> None:
         first_s = time.monotonic() - began_s
         print(f"\nray up {up_s:.1f} s, ready {ready_s:.1f} s, first answer {first_s:.1f} s after ray up began")
         for host in (head, worker):
-            (rank,) = host.processes("RankActor")
-            assert rank.is_running()
+            assert len(host.processes("ray::RankActor")) == 1
             assert host.processes("raylet"), "a node of Ray's"
             assert host.outside(HOME / ".ray/auth_token").stat().st_mode & 0o077 == 0

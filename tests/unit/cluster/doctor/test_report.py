@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from io import StringIO
 from pathlib import Path
 
@@ -73,3 +74,11 @@ def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer["healthy"] is False
     code, _ = _doctor("--config", str(tmp_path / "none.yaml"))
     assert code == 2
+
+
+def test_a_cluster_that_cannot_be_reached_is_no_diagnosis() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    result = CliRunner().invoke(app, ["doctor", "--address", f"127.0.0.1:{port}"])
+    assert result.exit_code == 2
+    assert f"no Ray cluster answers at 127.0.0.1:{port} (Connection refused)" in result.stderr
