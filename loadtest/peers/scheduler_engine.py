@@ -31,7 +31,6 @@ __all__ = ["Answer", "findings_of", "worst_gap_s"]
 
 _NUM_DECODING, _DECODE_TOKENS, _LONG_TOKENS = 6, 2000, 8000
 _SYSTEM_TOKENS, _TURN_TOKENS, _ANSWER_TOKENS, _NUM_TURNS = 192, 64, 16, 4
-_IDS = range(1000, 40_000)  # no special tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,17 +86,24 @@ async def _ask(
     )
 
 
+async def _ids(stub: rpc.InferenceAsyncStub) -> range:
+    """Token ids to draw from: those in the middle of the vocabulary, where no special ones are."""
+    (model,) = (await stub.ListModels(pb.ListModelsRequest(), timeout=20.0)).models
+    return range(model.vocab_size // 10, model.vocab_size - model.vocab_size // 10)
+
+
 async def _gap(address: str) -> tuple[float, float]:
     """The others' worst gap while the long prompt is prefilled, and its time to first token; seconds."""
     rng = random.Random(5)
     async with grpc.aio.insecure_channel(address) as channel:
         stub = rpc.InferenceStub(channel)
+        ids = await _ids(stub)
         for length in (16, 64, 128, 256, 512, 1024):  # the engine learns what steps of many sizes take
-            await _ask(stub, rng.choices(_IDS, k=length), 4)
+            await _ask(stub, rng.choices(ids, k=length), 4)
         seen: list[list[float]] = [[] for _ in range(_NUM_DECODING)]
-        others = [asyncio.create_task(_ask(stub, rng.choices(_IDS, k=64), _DECODE_TOKENS, times_s)) for times_s in seen]
+        others = [asyncio.create_task(_ask(stub, rng.choices(ids, k=64), _DECODE_TOKENS, times_s)) for times_s in seen]
         await asyncio.sleep(3.0)
-        long = await _ask(stub, rng.choices(_IDS, k=_LONG_TOKENS), 2)
+        long = await _ask(stub, rng.choices(ids, k=_LONG_TOKENS), 2)
         if any(task.done() for task in others):
             raise RuntimeError("another stream ended before the long prompt was prefilled")
         for task in others:
@@ -106,22 +112,22 @@ async def _gap(address: str) -> tuple[float, float]:
     return max(worst_gap_s(times_s, long.sent_s, long.times_s[0]) for times_s in seen), long.ttft_s
 
 
-async def _conversation(stub: rpc.InferenceAsyncStub, rng: random.Random, system: Sequence[int]) -> list[Answer]:
+async def _conversation(stub: rpc.InferenceAsyncStub, rng: random.Random, ids: range) -> list[Answer]:
     """Every turn repeats all that was said."""
-    history, answers = list(system), []
+    history, answers = rng.choices(ids, k=_SYSTEM_TOKENS), []
     for _ in range(_NUM_TURNS):
         await asyncio.sleep(rng.uniform(0.2, 1.0))
-        history += rng.choices(_IDS, k=_TURN_TOKENS)
+        history += rng.choices(ids, k=_TURN_TOKENS)
         answers.append(await _ask(stub, history, _ANSWER_TOKENS))
         history += answers[-1].token_ids
     return answers
 
 
 async def _conversations(address: str, count: int) -> Conversations:
-    rng = random.Random(6)
     async with grpc.aio.insecure_channel(address) as channel:
         stub = rpc.InferenceStub(channel)
-        turns = [_conversation(stub, random.Random(seed), rng.choices(_IDS, k=_SYSTEM_TOKENS)) for seed in range(count)]
+        ids = await _ids(stub)
+        turns = [_conversation(stub, random.Random(seed), ids) for seed in range(count)]
         answers = [answer for each in await asyncio.gather(*turns) for answer in each]
     ttft_s = sorted(answer.ttft_s for answer in answers)
     return Conversations(
