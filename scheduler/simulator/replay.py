@@ -42,11 +42,16 @@ def read_steps(lines: Iterable[str]) -> list[Step]:
 
 
 def fit(steps: list[Step]) -> tuple[StepTime, float]:
-    """The step time, and the median of its relative errors. Steps that took several times as long as they should were
-    somebody else's doing and are left out. Raises ValueError where there are too few."""
+    """The step time, and the median of its relative errors. Raises ValueError where there are too few.
+
+    Steps that took several times as long as they should were somebody else's doing and are left out. Together the
+    others take as long as they did: errors of single steps must not add up.
+    """
     first = StepTime.fit(steps)
     kept = [(x, y) for x, y in steps if y < _OUTLIER * first.seconds_of(x)] or steps
-    step_time = StepTime.fit(kept)
+    shape = StepTime.fit(kept)
+    scale = sum(y for _, y in kept) / sum(shape.seconds_of(x) for x, _ in kept)
+    step_time = StepTime(**{part: scale * value for part, value in asdict(shape).items()})
     return step_time, percentile([abs(step_time.seconds_of(x) - y) / y for x, y in steps], 0.5)
 
 

@@ -72,14 +72,17 @@ def test_the_error_of_the_simulator_is_told() -> None:
         "e2e_s": [0.9],
         "num_output_tokens": 10,
         "duration_s": 0.8,
-        "step_time": {"fixed_s": 0.01},
+        "step_time": {"fixed_s": 0.01, "prefill_token_s": 0.001},
         "fit_error": 0.05,
     }
-    found = scheduler_trace.findings_of([record()], simulated, {})
+    found = scheduler_trace.findings_of([record()], simulated, {}, idle_s=0.02)
     assert found.figures[0].ratio == pytest.approx(1.25)
     assert "time to first token, p99 -50%" in found.facts["error of the simulator"]
     with pytest.raises(RuntimeError, match="1 requests failed"):
-        scheduler_trace.findings_of([record(), record("UNAVAILABLE")], simulated, {})
+        scheduler_trace.findings_of([record(), record("UNAVAILABLE")], simulated, {}, idle_s=0.02)
+    slow = scheduler_trace.findings_of([record()], simulated, {}, idle_s=0.126)
+    assert "time to first token, p99 +0%" in slow.facts["error of the simulator"]
+    assert slow.facts["added for the doors"].startswith("100.0 ms")
 
 
 def test_a_gap_counts_where_it_touches_the_window() -> None:
