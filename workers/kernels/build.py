@@ -15,7 +15,7 @@ from pathlib import Path
 
 __all__ = ["BuildError", "build", "library_path", "main"]
 
-_SOURCE = Path(__file__).with_name("native.cpp")
+_SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in ("native", "few_rows"))
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-Wall", "-Wextra")
 _COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_S = 120.0
@@ -26,9 +26,9 @@ class BuildError(RuntimeError):
 
 
 def library_path() -> Path:
-    """Where the compiled kernels are, or would be: beside the environment, one file for each source and processor."""
+    """Where the compiled kernels are, or would be: beside the environment, a file for each text and processor."""
     processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    digest = hashlib.sha256(_SOURCE.read_bytes())
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES))
     digest.update("\0".join((processor, *_FLAGS)).encode())
     return Path(sys.prefix) / "share" / "shoal" / f"kernels-{digest.hexdigest()[:16]}.so"
 
@@ -44,10 +44,12 @@ def build() -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
-            _run(compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(compiled))
+            linked = Path(folder, "kernels.so")
+            compiled = [str(Path(folder, f"{source.stem}.o")) for source in _SOURCES]
+            for source, target in zip(_SOURCES, compiled, strict=True):
+                _run(compiler, *_FLAGS, "-c", str(source), "-o", target)
             # Not linked against OpenMP: its functions must be those of torch's library, which has them all loaded.
-            _run(compiler, "-shared", str(compiled), "-o", str(linked), "-lm")
+            _run(compiler, "-shared", *compiled, "-o", str(linked), "-lm")
             os.replace(linked, path)
     except OSError as error:
         raise BuildError(f"{path.parent}: {error}") from error

@@ -17,7 +17,7 @@ from workers.kernels.quantized import Weight
 from workers.kernels.reference import ReferenceKernels
 from workers.kernels.seam import GatedLinear, Linear, Norm
 
-__all__ = ["PackedKernels", "can_pack"]
+__all__ = ["PackedGatedLinear", "PackedKernels", "PackedLinear", "can_pack"]
 
 _linear = torch.ops.mkldnn._linear_pointwise.default
 _linear_binary = torch.ops.mkldnn._linear_pointwise.binary
@@ -38,12 +38,18 @@ def can_pack(dtype: torch.dtype) -> bool:
     return False
 
 
-class _PackedLinear:
+class PackedLinear:
+    """`packed` is the weight in oneDNN's blocks."""
+
     __slots__ = ("_bias", "_weight")
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
+        self._weight: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
         self._bias = bias
+
+    @property
+    def packed(self) -> torch.Tensor:
+        return self._weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = _linear(x, self._weight, self._bias, "none", [], "")
@@ -62,14 +68,14 @@ class _PackedLinear:
         return y
 
 
-class _PackedGatedLinear:
+class PackedGatedLinear:
     __slots__ = ("_gate", "_up")
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         gate, up = weight.chunk(2)
         gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
-        self._gate = _PackedLinear(gate, gate_bias)
-        self._up = _PackedLinear(up, up_bias)
+        self._gate = PackedLinear(gate, gate_bias)
+        self._up = PackedLinear(up, up_bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._up.times(x, self._gate.silu(x))
@@ -120,7 +126,7 @@ class PackedKernels(ReferenceKernels):
 
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
         if isinstance(weight, torch.Tensor):
-            return _PackedLinear(weight, bias)
+            return PackedLinear(weight, bias)
         return BytesLinear(weight, bias) if can_multiply(weight) else super().linear(weight, bias)
 
     def rms_norm(self, weight: torch.Tensor, epsilon: float) -> Norm:
@@ -144,5 +150,5 @@ class PackedKernels(ReferenceKernels):
 
     def gated_linear(self, weight: Weight, bias: torch.Tensor | None) -> GatedLinear:
         if isinstance(weight, torch.Tensor):
-            return _PackedGatedLinear(weight, bias)
+            return PackedGatedLinear(weight, bias)
         return BytesGatedLinear(weight, bias) if can_multiply(weight) else super().gated_linear(weight, bias)

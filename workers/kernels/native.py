@@ -1,7 +1,8 @@
 """This package's own kernels for CPUs (`native.cpp`), where they have been compiled.
 
 They take the place of small operations whose torch versions cost more in calls, copies and barriers than in
-arithmetic; matrix products stay oneDNN's. Everything else falls back on `PackedKernels`.
+arithmetic; matrix products stay oneDNN's but for few rows (`few_rows.py`). Everything else falls back on
+`PackedKernels`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -16,7 +18,9 @@ import torch
 from workers.cache import LayerCache
 from workers.kernels.build import library_path
 from workers.kernels.cpu import PackedKernels
-from workers.kernels.seam import Norm
+from workers.kernels.few_rows import FewRows
+from workers.kernels.quantized import Weight
+from workers.kernels.seam import GatedLinear, Linear, Norm
 from workers.step import DecodeGroup
 
 __all__ = ["NativeKernels", "find_native"]
@@ -87,11 +91,23 @@ class _Norm:
 class NativeKernels(PackedKernels):
     """See `Kernels`. For bf16 on a CPU, where `library` was found."""
 
-    description = "oneDNN packed weights, own attention and norms"
+    description = "oneDNN packed weights, own attention, norms and few rows"
 
     def __init__(self, library: ctypes.PyDLL) -> None:
         super().__init__()
         self._library = library
+        self._few_rows = FewRows(library_path())
+
+    def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
+        return self._few_rows.linear(weight, bias) or super().linear(weight, bias)
+
+    def gated_linear(self, weight: Weight, bias: torch.Tensor | None) -> GatedLinear:
+        return self._few_rows.gated_linear(weight, bias) or super().gated_linear(weight, bias)
+
+    def few_rows_experts(
+        self, experts: Sequence[tuple[GatedLinear, Linear]], x: torch.Tensor, counts: Sequence[int]
+    ) -> torch.Tensor | None:
+        return self._few_rows.experts(experts, x, counts)
 
     def rms_norm(self, weight: torch.Tensor, epsilon: float) -> Norm:
         return _Norm(self._library, weight, epsilon)

@@ -72,6 +72,11 @@ class ReferenceKernels:
     def gated_linear(self, weight: Weight, bias: torch.Tensor | None) -> GatedLinear:
         return _GatedLinear(self.linear(weight, bias))
 
+    def few_rows_experts(
+        self, experts: Sequence[tuple[GatedLinear, Linear]], x: torch.Tensor, counts: Sequence[int]
+    ) -> torch.Tensor | None:
+        return None
+
     def rms_norm(self, weight: torch.Tensor, epsilon: float) -> Norm:
         return _Norm(weight, epsilon)
 

@@ -74,6 +74,15 @@ class Kernels(Protocol):
         """`weight` [2 * inner, in] holds gate above up."""
         ...
 
+    def few_rows_experts(
+        self, experts: Sequence[tuple[GatedLinear, Linear]], x: torch.Tensor, counts: Sequence[int]
+    ) -> torch.Tensor | None:
+        """`down(gated(x))` of the first `counts[0]` rows of x [R, hidden] by the first of `experts`, and so on.
+
+        None where these kernels have nothing better for so many rows than one expert after the other.
+        """
+        ...
+
     def rms_norm(self, weight: torch.Tensor, epsilon: float) -> Norm:
         """`weight` [width]."""
         ...

@@ -47,14 +47,19 @@ class Experts:
 
     def __call__(self, rows: ExpertRows) -> torch.Tensor:
         """Each row through its own expert; [R, hidden] in the rows' order. Experts without rows are not touched."""
+        chosen: list[Expert] = []
+        counts = []
+        for slot, count in enumerate(rows.counts):
+            if count:
+                expert = self._slots[slot]
+                assert expert is not None, f"slot {slot} is empty"
+                chosen.append(expert)
+                counts.append(count)
+        if chosen and (few := self._kernels.few_rows_experts(chosen, rows.x_RD, counts)) is not None:
+            return few
         outputs = []
         start = 0
-        for slot, count in enumerate(rows.counts):
-            if count == 0:
-                continue
-            expert = self._slots[slot]
-            assert expert is not None, f"slot {slot} is empty"
-            gated, down = expert
+        for (gated, down), count in zip(chosen, counts, strict=True):
             for first, last, skip, size in tiles(start, start + count, len(rows.x_RD)):
                 y = down(gated(rows.x_RD[first:last]))
                 outputs.append(y if size == last - first else y.narrow(0, skip, size))
