@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from cluster.engine.states import EngineState
 from cluster.front_door.groups import GroupAddress
 from protos.shoal.v1 import admin_pb2
 
-__all__ = ["Claim", "EngineReport", "FrontDoorReport", "Roster", "Snapshot"]
+__all__ = ["Claim", "EngineReport", "FrontDoorReport", "GroupTraffic", "Roster", "Snapshot"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class EngineReport:
 
     engine: str
     leader: str
+    version: str = ""
     groups: tuple[GroupAddress, ...] = ()
     status: admin_pb2.EngineStatus = field(default_factory=admin_pb2.EngineStatus)
     progress: float = 0.0  # of loading, 0 to 1
@@ -36,6 +38,25 @@ class EngineReport:
     pid: int = 0  # the leader's, on `node`
     node: str = ""
     refused: bool = False  # the error is the user's to mend: the settings or the model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupTraffic:
+    """A DP group as one front door sees it: what of its own runs there, what the group said of its load last, and
+    counts since the front door knows the group, which only rise."""
+
+    key: str
+    engine: str
+    version: str
+    num_open: int
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_blocks: int = 0
+    num_blocks: int = 0
+    num_begun: int = 0
+    num_failed: int = 0
+    num_first_tokens: int = 0
+    first_tokens_s: float = 0.0  # all of them together, from submit to first token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +71,7 @@ class FrontDoorReport:
     drained: bool = False
     error: str = ""
     dp_groups: tuple[str, ...] = ()
+    traffic: tuple[GroupTraffic, ...] = ()  # also of groups that have left the roster, while something runs there
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +81,8 @@ class Snapshot:
     version: int
     groups: tuple[GroupAddress, ...]
     draining: bool
+    leaving: tuple[tuple[str, float], ...] = ()  # groups' keys, and in how many seconds what runs there is handed over
+    weights: tuple[tuple[str, float], ...] = ()  # versions of engines, and their shares of the requests
 
 
 @dataclass(slots=True)
@@ -97,7 +121,8 @@ class Roster:
         orphans = [name for name in engines if name in self._engines and not self._alive(self._engines[name])]
         unknown = [name for name in engines if name not in self._engines]
         for name in (*orphans, *unknown):
-            known = self._engines[name].report.status if name in self._engines else admin_pb2.EngineStatus()
+            unheard = admin_pb2.EngineStatus(name=name, state=EngineState.CLAIMING)
+            known = self._engines[name].report.status if name in self._engines else unheard
             report = EngineReport(engine=name, leader=leader, status=known)
             self._engines[name] = _Engine(report, self._clock())
             self._refresh()
@@ -128,6 +153,21 @@ class Roster:
         """Every front door is to refuse new requests and finish its open ones."""
         self._set(draining=True)
 
+    def leave(self, keys: tuple[str, ...], timeout_s: float) -> None:
+        """Groups that get nothing new; what still runs there after `timeout_s` goes on elsewhere."""
+        kept = [entry for entry in self._snapshot.leaving if entry[0] not in keys]
+        self._set(leaving=(*kept, *((key, timeout_s) for key in keys)))
+        self._refresh()
+
+    def stay(self, keys: tuple[str, ...]) -> None:
+        """The opposite."""
+        self._set(leaving=tuple(entry for entry in self._snapshot.leaving if entry[0] not in keys))
+        self._refresh()
+
+    def weigh(self, weights: tuple[tuple[str, float], ...]) -> None:
+        """Shares of the requests by version; a version that is not named has the share 1."""
+        self._set(weights=weights)
+
     def snapshot(self) -> Snapshot:
         self._refresh()
         return self._snapshot
@@ -155,7 +195,8 @@ class Roster:
         return self._clock() - engine.seen_s < self._lease_s
 
     def _refresh(self) -> None:
-        groups = tuple(group for report in self.engines() for group in report.groups)
+        leaving = {key for key, _ in self._snapshot.leaving}
+        groups = tuple(group for report in self.engines() for group in report.groups if group.key not in leaving)
         if groups != self._snapshot.groups:
             self._set(groups=groups)
 

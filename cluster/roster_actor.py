@@ -6,13 +6,14 @@ import asyncio
 import logging
 import os
 import time
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
 from cluster import logs
 from cluster.app.names import NAMESPACE, ROSTER
 from cluster.app.reap import reap_engine
+from cluster.orders import News, Order, Orders
 from cluster.roster import Claim, EngineReport, FrontDoorReport, Roster, Snapshot
 
 __all__ = ["LEASE_S", "RosterActor", "find_roster", "start_roster"]
@@ -33,6 +34,7 @@ class RosterActor:
         self._roster = Roster(
             time.monotonic, lease_s=LEASE_S, reap_after_s=REAP_AFTER_S, settle_s=LEASE_S if again else 0.0
         )
+        self._orders = Orders()
         self._changed = asyncio.Condition()
         self._version = self._roster.snapshot().version
         self._ticking = asyncio.create_task(self._tick())
@@ -73,6 +75,30 @@ class RosterActor:
     async def overview(self) -> tuple[tuple[EngineReport, ...], tuple[FrontDoorReport, ...]]:
         """What everyone last said of themselves."""
         return self._roster.engines(), self._roster.front_doors()
+
+    async def leave(self, keys: tuple[str, ...], timeout_s: float) -> None:
+        self._roster.leave(keys, timeout_s)
+        await self._announce()
+
+    async def stay(self, keys: tuple[str, ...]) -> None:
+        self._roster.stay(keys)
+        await self._announce()
+
+    async def weigh(self, weights: tuple[tuple[str, float], ...]) -> None:
+        self._roster.weigh(weights)
+        await self._announce()
+
+    async def give_order(self, kind: Literal["drain", "scale", "rollout"], request: bytes) -> int:
+        return self._orders.give(kind, request)
+
+    async def take_order(self) -> Order | None:
+        return self._orders.take()
+
+    async def tell_news(self, number: int, news: News) -> None:
+        self._orders.tell(number, news)
+
+    async def news(self, number: int, after: int) -> tuple[News, ...] | None:
+        return self._orders.news(number, after)
 
     async def whereabouts(self) -> tuple[str, int]:
         """This process: its node's address and its id."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import AsyncIterator
 from typing import Any
 
 import ray
@@ -12,10 +13,12 @@ from ray import serve
 
 from cluster import logs, telemetry
 from cluster.app.faults import inject
+from cluster.app.orders import carry_out
 from cluster.app.spec import ClusterSpec
 from cluster.app.status import status_response
+from cluster.front_door.link import Link
 from cluster.front_door.server import FrontDoorServer, FrontDoorSettings
-from cluster.roster import FrontDoorReport
+from cluster.roster import FrontDoorReport, GroupTraffic, Snapshot
 from cluster.roster_actor import find_roster
 from protos.shoal.v1 import admin_pb2
 
@@ -29,8 +32,7 @@ _WATCH_S = 1.0
 class FrontDoor:
     """One replica. Serve places it, watches it and starts it again; no request of a client comes through Serve."""
 
-    async def __init__(self, spec: ClusterSpec, engine: Any) -> None:  # type: ignore[misc]  # Serve awaits it
-        del engine  # bound only to make both deployments one application
+    async def __init__(self, spec: ClusterSpec) -> None:  # type: ignore[misc]  # Serve awaits it
         logs.configure(spec.log_level)
         self._spec = spec
         self._id = serve.get_replica_context().replica_id.unique_id
@@ -38,6 +40,7 @@ class FrontDoor:
         telemetry.export_traces(spec.otlp_endpoint, "shoal-front-door", {"service.instance.id": self._id})
         self._roster = find_roster()
         self._error = ""
+        self._leaving: dict[str, asyncio.TimerHandle] = {}
         self._drained: asyncio.Task[None] | None = None
         self._server = FrontDoorServer.from_folder(
             FrontDoorSettings(
@@ -84,6 +87,15 @@ class FrontDoor:
             return answer
         return status_response(self._spec, engines, front_doors, self._server.links.links)
 
+    def drain(self, request: admin_pb2.DrainRequest) -> AsyncIterator[admin_pb2.OperationEvent]:
+        return carry_out(self._roster, "drain", request)
+
+    def scale(self, request: admin_pb2.ScaleRequest) -> AsyncIterator[admin_pb2.OperationEvent]:
+        return carry_out(self._roster, "scale", request)
+
+    def rollout(self, request: admin_pb2.RolloutRequest) -> AsyncIterator[admin_pb2.OperationEvent]:
+        return carry_out(self._roster, "rollout", request)
+
     async def inject(self, request: admin_pb2.InjectRequest) -> admin_pb2.InjectResponse:
         """For `shoal chaos`."""
         engines, front_doors = await self._roster.overview.remote()
@@ -113,9 +125,19 @@ class FrontDoor:
                 continue
             if snapshot.version != version:
                 version = snapshot.version
-                self._server.set_groups(snapshot.groups)
+                self._act_on(snapshot)
             if snapshot.draining and self._drained is None:
                 self._drained = asyncio.get_running_loop().create_task(self._drain(), name="drain")
+
+    def _act_on(self, snapshot: Snapshot) -> None:
+        links, loop = self._server.links, asyncio.get_running_loop()
+        links.set_weights(dict(snapshot.weights))
+        self._server.set_groups(snapshot.groups)
+        for key, timeout_s in snapshot.leaving:
+            if key not in self._leaving:
+                self._leaving[key] = loop.call_later(timeout_s, links.hand_over, key)
+        for key in self._leaving.keys() - dict(snapshot.leaving):
+            self._leaving.pop(key).cancel()
 
     async def _drain(self) -> None:
         await self._server.drain(self._spec.drain_timeout_s)
@@ -132,7 +154,25 @@ class FrontDoor:
             drained=self._drained is not None and self._drained.done(),
             error=self._error,
             dp_groups=tuple(key for key, link in links.items() if link.ready),
+            traffic=tuple(map(_traffic, self._server.links.every)),
         )
+
+
+def _traffic(link: Link) -> GroupTraffic:
+    return GroupTraffic(
+        key=link.address.key,
+        engine=link.address.engine,
+        version=link.address.version,
+        num_open=link.num_open,
+        num_running=link.load.num_running,
+        num_waiting=link.load.num_waiting,
+        num_free_blocks=link.load.num_free_blocks,
+        num_blocks=link.load.num_blocks,
+        num_begun=link.counts.num_begun,
+        num_failed=link.counts.num_failed,
+        num_first_tokens=link.counts.num_first_tokens,
+        first_tokens_s=link.counts.first_tokens_s,
+    )
 
 
 def front_door_deployment(spec: ClusterSpec) -> Any:

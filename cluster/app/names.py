@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["APP", "NAMESPACE", "ROSTER", "engine_names", "placement_name", "rank_name", "rank_prefix"]
+__all__ = ["APP", "NAMESPACE", "ROSTER", "app_name", "engine_names", "placement_name", "rank_name", "rank_prefix"]
 
 NAMESPACE = "shoal"
 APP = "shoal"
@@ -12,6 +12,11 @@ ROSTER = "roster"
 def engine_names(count: int) -> tuple[str, ...]:
     """The engines of a cluster."""
     return tuple(f"engine-{index}" for index in range(count))
+
+
+def app_name(engine: str) -> str:
+    """The engine's own Serve application: engines come and go one by one."""
+    return f"{APP}-{engine}"
 
 
 def placement_name(engine: str) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
+
 from cluster.app.ports import free_port
 from cluster.app.spec import ClusterSpec
 from cluster.config import Config, ConfigError
 from cluster.config.environment import cache_folder
-from cluster.config.machine import Machine
+from cluster.config.load import parse
+from cluster.config.machine import Machine, this_machine
 from cluster.config.network import NetworkSettings
-from cluster.config.resolve import engine_settings
+from cluster.config.resolve import autoscale_settings, engine_settings
 from cluster.config.scheduling import front_door_limits, resolve_routing
 from cluster.front_door.call import SamplingOptions
 from cluster.front_door.model_card import ModelCard
@@ -19,11 +22,17 @@ from cluster.models import catalog
 from cluster.models.errors import ModelError
 from cluster.models.folder import inspect
 from cluster.models.progress import Progress
+from cluster.operations.judge import Limits
+from cluster.operations.rollout import Rollout
 from cluster.security import administrators, api_keys, new_secret, quotas
 from cluster.telemetry import endpoint_of
+from protos.shoal.v1 import admin_pb2
 from workers.model.other_config import NOTICE
 
-__all__ = ["prepare"]
+__all__ = ["prepare", "prepare_rollout"]
+
+# What a client's text goes through: the front doors have the old version's.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
 
 
 def prepare(config: Config, machine: Machine, progress: Progress) -> ClusterSpec:
@@ -62,6 +71,8 @@ def prepare(config: Config, machine: Machine, progress: Progress) -> ClusterSpec
         api_keys=keys,
         administrators=operators,
         quotas=quotas(config.security),
+        max_engines=_max_engines(config),
+        autoscale=autoscale_settings(config),
         chaos=config.chaos.enabled,
         cors_origins=config.security.cors_origin,
         rank_host=None if cluster.address else "127.0.0.1",
@@ -84,3 +95,53 @@ def prepare(config: Config, machine: Machine, progress: Progress) -> ClusterSpec
         if shared
         else warnings,
     )
+
+
+def _max_engines(config: Config) -> int:
+    """By default what a blue-green rollout needs at least."""
+    cluster = config.cluster
+    if cluster.max_engines != "auto":
+        return cluster.max_engines
+    return max(2 * cluster.engines, cluster.autoscale.most if cluster.autoscale else 0)
+
+
+def prepare_rollout(request: admin_pb2.RolloutRequest, spec: ClusterSpec) -> Rollout:
+    """The new engines: `model`, `parallel`, `inference` and `resources` of the file; all else stays as it is.
+
+    Raises ConfigError or ModelError.
+    """
+    try:
+        document = yaml.safe_load(request.config)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config: not YAML: {str(error).splitlines()[0]}") from None
+    if not request.version:
+        raise ConfigError("version: the new engines need a name")
+    config = parse(document, where="config")
+    models_dir = Path(config.model.models_dir).expanduser() if config.model.models_dir else cache_folder()
+    folder = catalog.resolve(config.model.path, models_dir)
+    config = replace(config, cluster=replace(config.cluster, engines=spec.engines))
+    settings = engine_settings(config, inspect(folder), this_machine(), name=spec.settings.model_name, folder=folder)
+    _check_same_text(Path(spec.settings.model_path), folder)
+    if settings.max_model_len < spec.card.max_model_len:
+        raise ConfigError(
+            f"inference.max_model_len: {settings.max_model_len} is below the {spec.card.max_model_len} that clients "
+            "were promised"
+        )
+    limits = Limits(
+        max_error_rate=request.max_error_rate if request.HasField("max_error_rate") else Limits().max_error_rate,
+        max_slowdown=request.max_slowdown if request.HasField("max_slowdown") else Limits().max_slowdown,
+    )
+    return Rollout(
+        strategy=request.strategy or "rolling",
+        spec=replace(spec, settings=settings, version=request.version),
+        weight=request.weight if request.HasField("weight") else 0.1,
+        watch_s=request.watch_s if request.HasField("watch_s") else 10.0,
+        limits=limits,
+    )
+
+
+def _check_same_text(old: Path, new: Path) -> None:
+    for name in _TOKENIZER_FILES:
+        ours, theirs = ((folder / name).read_bytes() if (folder / name).is_file() else b"" for folder in (old, new))
+        if ours != theirs:
+            raise ConfigError(f"model.path: {new} has another {name}; front doors keep the tokenizer they began with")

@@ -92,8 +92,6 @@ def start_ray(num_cpus: int, cores: int) -> RaySession:
     # Ray runs its workers at nice 15, behind everything else on the machine: ranks and front doors are what it is for.
     set_variables({"RAY_worker_niceness": "0"})
     _quieten()
-    if num_cpus > cores:
-        log.info("%d cores are shared by ranks that ask for %d threads", cores, num_cpus)
     import ray
 
     ray.init(

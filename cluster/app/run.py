@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.app.announcer import Announcer
-from cluster.app.names import APP, engine_names
+from cluster.app.names import APP, app_name, engine_names
 from cluster.app.patience import Patience
 from cluster.app.preflight import look_before, look_why
 from cluster.app.ray_session import RaySession
 from cluster.app.spec import ClusterSpec
 from cluster.engine.states import EngineState
 from cluster.roster import EngineReport, FrontDoorReport
+
+if TYPE_CHECKING:
+    from cluster.app.operator import Operator  # brings Ray
 
 __all__ = ["Run", "StartError"]
 
@@ -40,12 +43,15 @@ class Run:
         self._announcer = announcer
         self._stop = stop
         self._roster: Any = None
+        self._operator: Operator | None = None
 
     def start(self) -> None:
         """Deploys; engines and front doors come up side by side."""
         from ray import serve
+        from ray.serve.api import RunTarget, run_many
 
         from cluster.app.front_door import front_door_deployment
+        from cluster.app.operator import Operator
         from cluster.engine.deployment import engine_deployment
         from cluster.roster_actor import start_roster
 
@@ -54,8 +60,14 @@ class Run:
             raise StartError("the cluster cannot run this model:\n" + "\n".join(map(str, found)), explained=True)
         self._roster = start_roster(self._spec.log_level)
         serve.start(proxy_location="Disabled")
-        engine = engine_deployment(self._spec).bind(self._spec)
-        serve.run(front_door_deployment(self._spec).bind(self._spec, engine), name=APP, route_prefix=None)
+        spec = self._spec
+        doors = RunTarget(front_door_deployment(spec).bind(spec), name=APP, route_prefix=None)
+        engines = [
+            RunTarget(engine_deployment(spec).bind(spec, name), name=app_name(name), route_prefix=None)
+            for name in engine_names(spec.engines)
+        ]
+        run_many([doors, *engines])
+        self._operator = Operator(spec, self._roster, self._stop, self._announcer.line)
 
     def wait_until_ready(self) -> bool:
         """False where `stop` was set before. Raises StartError where it will never be."""
@@ -77,6 +89,8 @@ class Run:
 
     def serve(self) -> None:
         """Until `stop` is set. Raises StartError where every engine has failed for good."""
+        assert self._operator is not None
+        self._operator.start()
         while not self._stop.wait(_LOOK_EVERY_S * 2):
             engines, _ = self._look()
             if engines and all(report.status.state == EngineState.FAILED for report in engines):
@@ -88,6 +102,8 @@ class Run:
 
         if self._roster is None:
             return
+        if self._operator is not None:
+            self._operator.join()
         ray.get(self._roster.drain.remote(), timeout=_ROSTER_TIMEOUT_S)
         began_s = time.monotonic()
         told = 0
@@ -111,8 +127,10 @@ class Run:
 
         from cluster.app.reap import reap_engine
 
+        names = self._operator.fleet.names if self._operator is not None else engine_names(self._spec.engines)
         serve.delete(APP)
-        for engine in engine_names(self._spec.engines):
+        for engine in names:
+            serve.delete(app_name(engine))
             reap_engine(engine)
         ray.kill(self._roster)
 

@@ -8,6 +8,7 @@ from cluster.config.network import NetworkSettings
 from cluster.front_door.limits import Limits
 from cluster.front_door.model_card import ModelCard
 from cluster.front_door.quotas import Quotas
+from scheduler.autoscale import AutoscaleSettings
 from workers.settings import EngineSettings
 
 __all__ = ["ClusterSpec"]
@@ -35,6 +36,9 @@ class ClusterSpec:
     network: NetworkSettings = field(default_factory=NetworkSettings)
     log_level: str
     otlp_endpoint: str | None
+    max_engines: int = 1  # room for so many at once, on a Ray of our own
+    autoscale: AutoscaleSettings | None = None
+    version: str = "1"  # of the engines; a rollout brings another
     administrators: tuple[str, ...] = ()
     chaos: bool = False
     quotas: Quotas = field(default_factory=Quotas)

@@ -26,6 +26,7 @@ def status_response(
         engine = response.engines.add()
         engine.CopyFrom(report.status)
         engine.leader_pid, engine.leader_node = report.pid, report.node
+        engine.version = report.version
         for group in engine.dp_groups:
             if link := loads.get((report.engine, group.index)):
                 _add_load(group, link)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cluster.cli.chat import chat
-from cluster.cli.operate import chaos
+from cluster.cli.operate import chaos, drain, rollout, scale
 
 __all__ = ["app"]
 
@@ -22,7 +22,8 @@ app = typer.Typer(
 models_app = typer.Typer(help="Models by name.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 app.command()(chat)
-app.command()(chaos)
+for operation in (drain, scale, rollout, chaos):
+    app.command()(operation)
 
 
 class LogLevel(StrEnum):

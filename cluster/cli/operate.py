@@ -9,7 +9,7 @@ import typer
 
 from cluster.cli.failure import USAGE, fail
 
-__all__ = ["chaos"]
+__all__ = ["chaos", "drain", "rollout", "scale"]
 
 DoorOption = Annotated[str, typer.Option(help="A front door's gRPC address.")]
 KeyOption = Annotated[
@@ -68,3 +68,65 @@ def chaos(
         ),
         out,
     )
+
+
+def drain(
+    target: Annotated[str, typer.Argument(help="engine-0, engine-0/rank-2, or a node's address.", show_default=False)],
+    address: DoorOption = "127.0.0.1:9000",
+    api_key: KeyOption = None,
+    timeout_s: Annotated[
+        float | None, typer.Option(min=0, help="Then what still runs goes on elsewhere.", show_default=False)
+    ] = None,
+    undo: Annotated[bool, typer.Option(help="Let it take requests again.")] = False,
+    force: Annotated[bool, typer.Option(help="Also where nothing else takes requests.")] = False,
+) -> None:
+    """Take an engine, a rank's group or a node's engines out of service; no request fails."""
+    from cluster.cli.order import give
+    from protos.shoal.v1 import admin_pb2
+
+    request = admin_pb2.DrainRequest(target=target, timeout_s=timeout_s, undo=undo, force=force)
+    give(address, api_key, lambda stub, metadata: stub.Drain(request, metadata=metadata))
+
+
+def scale(
+    engines: Annotated[int, typer.Argument(min=1, help="How many there should be.", show_default=False)],
+    address: DoorOption = "127.0.0.1:9000",
+    api_key: KeyOption = None,
+) -> None:
+    """Start engines, or drain and end the newest ones."""
+    from cluster.cli.order import give
+    from protos.shoal.v1 import admin_pb2
+
+    request = admin_pb2.ScaleRequest(engines=engines)
+    give(address, api_key, lambda stub, metadata: stub.Scale(request, metadata=metadata))
+
+
+def rollout(
+    config: Annotated[Path, typer.Argument(help="The new engines' configuration file.", show_default=False)],
+    version: Annotated[str, typer.Option(help="What the new engines are called.", show_default=False)],
+    strategy: Annotated[str, typer.Option(help="rolling, blue-green or canary.")] = "rolling",
+    weight: Annotated[float, typer.Option(help="Canary: its share of the requests.")] = 0.1,
+    watch_s: Annotated[float, typer.Option(min=0, help="How long the new version is watched.")] = 10.0,
+    max_error_rate: Annotated[float, typer.Option(min=0, help="Above it the new version is taken back.")] = 0.02,
+    max_slowdown: Annotated[float, typer.Option(min=0, help="The same, for the time to the first token.")] = 2.0,
+    address: DoorOption = "127.0.0.1:9000",
+    api_key: KeyOption = None,
+) -> None:
+    """Replace the engines by ones of another configuration; take it back if they fail more or are slower."""
+    from cluster.cli.order import give
+    from protos.shoal.v1 import admin_pb2
+
+    try:
+        text = config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{config}: {error}", USAGE)
+    request = admin_pb2.RolloutRequest(
+        config=text,
+        strategy=strategy,
+        version=version,
+        weight=weight,
+        watch_s=watch_s,
+        max_error_rate=max_error_rate,
+        max_slowdown=max_slowdown,
+    )
+    give(address, api_key, lambda stub, metadata: stub.Rollout(request, metadata=metadata))

@@ -64,7 +64,7 @@ def _serve(spec: ClusterSpec, session: RaySession | None, config: Config, cores:
         announcer.line(f"note: {warning}")
     announcer.line(f"starting {spec.card.name} ({spec.card.architecture}, {settings.dtype}) from {settings.model_path}")
     if session is None:
-        ranks = settings.plan.num_ranks * spec.engines
+        ranks = settings.plan.num_ranks * max(spec.engines, spec.max_engines)
         session = start_ray(ranks * settings.num_threads if settings.device == "cpu" else cores, cores)
     stop = threading.Event()
     _follow_signals(stop, session)

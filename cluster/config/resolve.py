@@ -12,12 +12,13 @@ from cluster.config.scheduling import resolve_overlap, scheduling_settings
 from cluster.config.schema import Config, ParallelSection
 from cluster.config.sizes import parse_share_or_size, parse_size, show_size
 from cluster.models.folder import ModelFacts
+from scheduler.autoscale import AutoscaleSettings
 from workers.model.other_config import require_transformers
 from workers.model.sharding import check_plan, tensor_sizes
 from workers.parallel.plan import ParallelPlan
 from workers.settings import EngineSettings, ExpertBalance
 
-__all__ = ["check_exposure", "engine_settings", "resolve_device", "resolve_dtype", "resolve_plan"]
+__all__ = ["autoscale_settings", "check_exposure", "engine_settings", "resolve_device", "resolve_dtype", "resolve_plan"]
 
 # Of the memory that is free after loading: what the caches of all engines on one machine take together, and what
 # the cache of a GPU's one rank takes.
@@ -81,6 +82,20 @@ def _engine_settings(config: Config, model: ModelFacts, machine: Machine, name: 
         overlap=resolve_overlap(config, device),
         record_steps=config.scheduling.record_steps,
     )
+
+
+def autoscale_settings(config: Config) -> AutoscaleSettings | None:
+    """None where engines stay as many as they are. Raises ConfigError."""
+    section, cluster = config.cluster.autoscale, config.cluster
+    if section is None:
+        return None
+    if section.least > section.most:
+        raise ConfigError(f"cluster.autoscale.least: {section.least} is above most, {section.most}")
+    if section.cache_low >= section.cache_high:
+        raise ConfigError(f"cluster.autoscale.cache_low: must be below cache_high, {section.cache_high:g}")
+    if cluster.address is None and cluster.max_engines != "auto" and cluster.max_engines < section.most:
+        raise ConfigError(f"cluster.max_engines: autoscale.most wants room for {section.most}")
+    return AutoscaleSettings(**asdict(section))
 
 
 def resolve_device(config: Config, machine: Machine) -> str:

@@ -13,6 +13,7 @@ from pydantic import StringConstraints
 
 __all__ = [
     "ApiKeySection",
+    "AutoscaleSection",
     "ChaosSection",
     "ClusterSection",
     "Config",
@@ -224,8 +225,25 @@ class NetworkSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AutoscaleSection:
+    """Engines come when more than `most_waiting` sequences wait per engine or more than `cache_high` of the KV cache is
+    in use for `up_after_s`, and go when `cache_low` would not be reached with one fewer for `down_after_s`."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
+    least: AtLeastOne = 1
+    most: AtLeastOne = 4
+    most_waiting: Annotated[float, Gt(0)] = 4.0
+    cache_high: Annotated[float, Gt(0), Le(1)] = 0.85
+    cache_low: Annotated[float, Ge(0), Le(1)] = 0.4
+    up_after_s: Seconds = 10.0
+    down_after_s: Seconds = 120.0
+    pause_s: Seconds = 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterSection:
-    """How many of what, and where. `address` is a running Ray cluster's; without one a local Ray is started.
+    """How many of what, and where. `address` is a running Ray cluster's; without one a local Ray is started, with room
+    for `max_engines` at once (a rollout has old and new ones side by side).
 
     `start_timeout_s` bounds a start without the time for loading, which `inference.load_timeout_s` bounds.
     """
@@ -241,6 +259,8 @@ class ClusterSection:
     resume_window_s: Seconds = 60.0
     start_timeout_s: Seconds = 180.0
     network: NetworkSection = field(default_factory=NetworkSection)
+    max_engines: Auto | AtLeastOne = "auto"
+    autoscale: AutoscaleSection | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

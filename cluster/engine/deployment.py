@@ -12,7 +12,6 @@ import ray
 from ray import serve
 
 from cluster import logs
-from cluster.app.names import engine_names
 from cluster.app.spec import ClusterSpec
 from cluster.config.network import rank_address
 from cluster.engine.leader import Leader, StoreHost
@@ -30,11 +29,12 @@ _CLAIM_EVERY_S = 0.5
 
 
 class Engine:
-    """Claims an engine in the roster, leads it, and reports it; a replica that Serve starts anew does the same."""
+    """Claims its engine in the roster, leads it, and reports it; a replica that Serve starts anew does the same."""
 
-    async def __init__(self, spec: ClusterSpec) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, spec: ClusterSpec, engine: str) -> None:  # type: ignore[misc]  # Serve awaits it
         logs.configure(spec.log_level)
         self._spec = spec
+        self._engine = engine
         self._id = serve.get_replica_context().replica_id.unique_id
         self._roster = find_roster()
         self._leader: Leader | None = None
@@ -80,7 +80,7 @@ class Engine:
 
     async def _claim(self) -> Claim:
         while True:
-            claim = await self._roster.claim.remote(self._id, engine_names(self._spec.engines))
+            claim = await self._roster.claim.remote(self._id, (self._engine,))
             if claim is not None:
                 return claim  # type: ignore[no-any-return]
             await asyncio.sleep(_CLAIM_EVERY_S)
@@ -91,9 +91,10 @@ class Engine:
             report = EngineReport(
                 engine=engine,
                 leader=self._id,
+                version=self._spec.version,
                 pid=os.getpid(),
                 node=self._spec.rank_host or ray.util.get_node_ip_address(),
-                groups=leader.groups(),
+                groups=tuple(replace(group, version=self._spec.version) for group in leader.groups()),
                 status=leader.status(),
                 progress=leader.progress,
                 error=leader.error,
@@ -113,11 +114,11 @@ class Engine:
 
 
 def engine_deployment(spec: ClusterSpec) -> Any:
-    """The deployment, to be bound."""
+    """The deployment of one engine, to be bound to its spec and name."""
     return serve.deployment(
         Engine,
         name="Engine",
-        num_replicas=spec.engines,
+        num_replicas=1,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=2.0,
         health_check_timeout_s=10.0,

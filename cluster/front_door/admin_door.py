@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any, Protocol
 
 import grpc
@@ -22,6 +23,12 @@ class Operations(Protocol):
     """What a cluster can be asked to do. All raise RequestErrors."""
 
     async def status(self) -> pb.StatusResponse: ...
+
+    def drain(self, request: pb.DrainRequest) -> AsyncIterator[pb.OperationEvent]: ...
+
+    def scale(self, request: pb.ScaleRequest) -> AsyncIterator[pb.OperationEvent]: ...
+
+    def rollout(self, request: pb.RolloutRequest) -> AsyncIterator[pb.OperationEvent]: ...
 
     async def inject(self, request: pb.InjectRequest) -> pb.InjectResponse: ...
 
@@ -45,17 +52,32 @@ class AdminDoor:
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
         """For `add_generic_rpc_handlers`."""
         guard = self._guard
-        unary = grpc.unary_unary_rpc_method_handler
+        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
         return handler(
             ADMIN,
             {
                 "Status": Method(guard(self.status, "Status"), pb.StatusRequest, unary),
+                "Drain": Method(guard(self.drain, "Drain"), pb.DrainRequest, stream),
+                "Scale": Method(guard(self.scale, "Scale"), pb.ScaleRequest, stream),
+                "Rollout": Method(guard(self.rollout, "Rollout"), pb.RolloutRequest, stream),
                 "Inject": Method(guard(self.inject, "Inject"), pb.InjectRequest, unary),
             },
         )
 
     async def status(self, request: pb.StatusRequest, asker: Asker, context: Context) -> pb.StatusResponse:
         return await self._operations.status()
+
+    async def drain(self, request: pb.DrainRequest, asker: Asker, context: Context) -> None:
+        self._check(asker)
+        await _write_all(self._operations.drain(request), context)
+
+    async def scale(self, request: pb.ScaleRequest, asker: Asker, context: Context) -> None:
+        self._check(asker)
+        await _write_all(self._operations.scale(request), context)
+
+    async def rollout(self, request: pb.RolloutRequest, asker: Asker, context: Context) -> None:
+        self._check(asker)
+        await _write_all(self._operations.rollout(request), context)
 
     async def inject(self, request: pb.InjectRequest, asker: Asker, context: Context) -> pb.InjectResponse:
         if not self._chaos:
@@ -68,3 +90,9 @@ class AdminDoor:
     def _check(self, asker: Asker) -> None:
         if not self._may_operate(asker.client):
             raise PermissionDenied("this key is no administrator's: name its holder in security.administrators")
+
+
+async def _write_all(events: AsyncIterator[pb.OperationEvent], context: Context) -> None:
+    async with aclosing(events) as each:  # type: ignore[type-var]  # they are generators
+        async for event in each:
+            await context.write(event)

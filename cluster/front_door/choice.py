@@ -54,6 +54,7 @@ class Choice:
         "retry_after_s",
         "sequence_id",
         "submit",
+        "version",
     )
 
     def __init__(self, output: ChoiceOutput, submit: session_pb2.Submit, owner: Owner, placer: Placer) -> None:
@@ -62,6 +63,7 @@ class Choice:
         self.submit = submit  # without its sequence id, its output so far and its deadline
         self.link: Link | None = None
         self.sequence_id = 0
+        self.version: str | None = None  # of the engine that it was placed on last
         self.num_replays = 0
         self.queued = False  # in its owner's queue for the reader
         self.interrupted_s: float | None = None  # since when it has been waiting to go on

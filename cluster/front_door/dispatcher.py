@@ -110,7 +110,7 @@ class Dispatcher:
             prefix=self._prefix_of(choice),
             now_s=self._clock.time(),
         )
-        link = self._links.choose(request)
+        link = self._links.choose(request, version=choice.version)
         if link is None:
             self._park(choice)
             return
@@ -120,6 +120,7 @@ class Dispatcher:
         if deadline_s is not None:
             submit.timeout_s = max(0.0, deadline_s - self._clock.time())
         choice.link = link
+        choice.version = link.address.version
         choice.sequence_id = link.submit(submit, choice)
 
     def _prefix_of(self, choice: Choice) -> Sequence[bytes]:

@@ -21,6 +21,7 @@ class GroupAddress:
     host: str
     port: int
     generation: int = 0
+    version: str = "1"
 
     @property
     def target(self) -> str:

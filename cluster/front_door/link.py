@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from cluster.front_door.groups import GroupAddress, Sink
 from protos.shoal.v1 import session_pb2, session_pb2_grpc
 from scheduler.routing import GroupView
 
-__all__ = ["Link", "LinkOptions"]
+__all__ = ["Link", "LinkCounts", "LinkOptions"]
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +57,23 @@ class LinkOptions:
 
 
 @dataclass(slots=True)
+class LinkCounts:
+    """Sequences so far; they only rise."""
+
+    num_begun: int = 0
+    num_failed: int = 0
+    num_first_tokens: int = 0
+    first_tokens_s: float = 0.0  # all of them together, from submit to first token
+
+
+@dataclass(slots=True)
 class _Open:
     """A sequence on the stream, and what it still weighs."""
 
     sink: Sink
     prompt_tokens: int
     answer_tokens: int
+    begun_s: float
 
 
 class _Stale(Exception):
@@ -81,6 +93,7 @@ class Link:
         self.num_lost = 0  # streams that broke after they were ready
         self._options = options
         self._on_change = on_change
+        self.counts = LinkCounts()
         self._ids = itertools.count(1)
         self._open: dict[int, _Open] = {}
         self._claims: dict[int, asyncio.Future[Sequence[session_pb2.SequenceRecord]]] = {}
@@ -135,7 +148,8 @@ class Link:
         sequence_id = submit.sequence_id = next(self._ids)
         prompt = len(submit.prompt_token_ids) + len(submit.output_token_ids)
         answer = min(_EXPECTED_TOKENS, submit.sampling.max_tokens - len(submit.output_token_ids))
-        self._open[sequence_id] = _Open(sink, prompt, answer)
+        self._open[sequence_id] = _Open(sink, prompt, answer, time.monotonic())
+        self.counts.num_begun += 1
         self._outstanding_tokens += prompt + answer
         self._send(session_pb2.Uplink(submit=submit))
         return sequence_id
@@ -255,9 +269,12 @@ class Link:
             return  # it was cancelled while this was on its way
         if output.finish:
             self._forget(sequence_id)
+            self.counts.num_failed += output.finish == session_pb2.FINISH_FAILED
         elif entry.prompt_tokens and output.token_ids:
             self._outstanding_tokens -= entry.prompt_tokens
             entry.prompt_tokens = 0
+            self.counts.num_first_tokens += 1
+            self.counts.first_tokens_s += time.monotonic() - entry.begun_s
         try:
             entry.sink.deliver(output)
         except Exception as error:
@@ -271,6 +288,8 @@ class Link:
         self._uplinks.clear()
         self._wake.clear()
         lost, self._open = self._open, {}
+        if not self.retiring:  # what is handed over has not failed
+            self.counts.num_failed += len(lost)
         self._outstanding_tokens = 0
         self.load = session_pb2.Load()
         for answer in self._claims.values():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from cluster.front_door.groups import GroupAddress
 from cluster.front_door.link import Link, LinkOptions
 from scheduler.routing import RouteRequest, RoutingPolicy
+from scheduler.versions import pick_version
 
 __all__ = ["Links"]
 
@@ -31,6 +33,7 @@ class Links:
         self._policy = policy
         self._links: dict[str, Link] = {}
         self._retired: list[Link] = []
+        self._weights: dict[str, float] = {}
         self._listeners: list[Callable[[], None]] = []
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -45,9 +48,14 @@ class Links:
         return any(link.ready for link in self._links.values())
 
     @property
+    def every(self) -> Sequence[Link]:
+        """Those of groups that left the roster, too, while something runs there."""
+        return (*self._links.values(), *self._retired)
+
+    @property
     def all_ready(self) -> Sequence[Link]:
         """Every group with a stream, those that left the roster too."""
-        return [link for link in (*self._links.values(), *self._retired) if link.ready]
+        return [link for link in self.every if link.ready]
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Calls `listener` whenever a group becomes ready or is lost."""
@@ -73,9 +81,24 @@ class Links:
             link.start()
         self._changed()
 
-    def choose(self, request: RouteRequest) -> Link | None:
-        """The group for a sequence, or None while none is ready."""
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Shares of new requests by version, where engines of several serve."""
+        self._weights = dict(weights)
+
+    def hand_over(self, key: str) -> None:
+        """Ends the stream to a group that has left: what still runs there goes on elsewhere."""
+        for link in [link for link in self._retired if link.address.key == key]:
+            log.info("handing over %d sequences of DP group %s", link.num_open, key)
+            self._close(link)
+
+    def choose(self, request: RouteRequest, *, version: str | None = None) -> Link | None:
+        """The group for a sequence, or None while none is ready. `version` is the one that has begun it."""
         links = list(self._links.values())
+        versions = {link.address.version for link in links if link.ready}
+        if len(versions) > 1:
+            point = random.random()  # noqa: S311 - spreads requests
+            chosen = pick_version(versions, self._weights, point, keep=version)
+            links = [link for link in links if link.address.version == chosen]
         views = [link.view() for link in links]
         index = self._policy.choose(views, request)
         if index is None and request.avoid:
@@ -96,11 +119,14 @@ class Links:
         log.info("DP group %s left the roster with %d sequences of ours", key, link.num_open)
         self._retired.append(link)
 
+    def _close(self, link: Link) -> None:
+        self._retired.remove(link)
+        task = asyncio.get_running_loop().create_task(link.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
     def _changed(self) -> None:
         for link in [link for link in self._retired if not link.num_open]:
-            self._retired.remove(link)
-            task = asyncio.get_running_loop().create_task(link.close())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._close(link)
         for listener in list(self._listeners):
             listener()

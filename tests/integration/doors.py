@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from cluster.front_door.admin_door import Operations
+from cluster.front_door.errors import InvalidRequest
 from cluster.front_door.limits import Limits
 from cluster.front_door.quotas import Quotas
 from cluster.front_door.server import FrontDoorServer, FrontDoorSettings
@@ -85,8 +86,25 @@ class FakeOperations:
     async def status(self) -> admin_pb2.StatusResponse:
         return admin_pb2.StatusResponse(model="fake", warnings=["slow"])
 
+    async def drain(self, request: admin_pb2.DrainRequest) -> AsyncIterator[admin_pb2.OperationEvent]:
+        yield _event(f"drains {request.target}")
+        yield _event("drained", admin_pb2.OperationEvent.STATE_DONE)
+
+    async def scale(self, request: admin_pb2.ScaleRequest) -> AsyncIterator[admin_pb2.OperationEvent]:
+        yield _event(f"scales to {request.engines}", admin_pb2.OperationEvent.STATE_DONE)
+
+    async def rollout(self, request: admin_pb2.RolloutRequest) -> AsyncIterator[admin_pb2.OperationEvent]:
+        raise InvalidRequest("config: no such key", field="config")
+        yield _event("")
+
     async def inject(self, request: admin_pb2.InjectRequest) -> admin_pb2.InjectResponse:
         return admin_pb2.InjectResponse(node=request.target)
+
+
+def _event(
+    line: str, state: admin_pb2.OperationEvent.State.ValueType = admin_pb2.OperationEvent.STATE_RUNNING
+) -> admin_pb2.OperationEvent:
+    return admin_pb2.OperationEvent(state=state, line=line)
 
 
 async def ready(server: FrontDoorServer, num_groups: int) -> None:

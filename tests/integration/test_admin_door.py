@@ -15,15 +15,31 @@ OPS = (("x-api-key", KEYS["ops"]),)
 ALICE = (("x-api-key", KEYS["alice"]),)
 
 
+async def test_administrators_drain_and_hear_how_it_goes() -> None:
+    async with open_door(FakeGroup(), operations=FakeOperations(), api_keys=KEYS, administrators=("ops",)) as door:
+        stub = admin_pb2_grpc.AdminStub(door.channel)
+        events = [event async for event in stub.Drain(pb.DrainRequest(target="engine-0"), metadata=OPS)]
+        assert [event.line for event in events] == ["drains engine-0", "drained"]
+        assert events[-1].state == pb.OperationEvent.STATE_DONE
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Rollout(pb.RolloutRequest(), metadata=OPS).read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_others_may_only_look() -> None:
     async with open_door(
         FakeGroup(), operations=FakeOperations(), api_keys=KEYS, administrators=("ops",), chaos=True
     ) as door:
         stub = admin_pb2_grpc.AdminStub(door.channel)
         assert (await stub.Status(pb.StatusRequest(), metadata=ALICE)).model == "fake"
-        with pytest.raises(grpc.aio.AioRpcError, match=r"security\.administrators") as caught:
-            await stub.Inject(pb.InjectRequest(), metadata=ALICE)
-        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        for call in (
+            stub.Drain(pb.DrainRequest(), metadata=ALICE).read(),
+            stub.Scale(pb.ScaleRequest(), metadata=ALICE).read(),
+            stub.Inject(pb.InjectRequest(), metadata=ALICE),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match=r"security\.administrators") as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_a_killed_leader_and_a_killed_roster_cost_nothing(pair: Served) -> None:
     expected = pair.tokens(PROMPT, max_tokens=NUM_TOKENS)
     stream = pair.stream(PROMPT, max_tokens=NUM_TOKENS)
     first = next(stream)
-    killed = [process for process in processes(pair) if is_called(process, "ServeReplica:shoal:Engine", "RosterActor")]
+    killed = [process for process in processes(pair) if is_called(process, "ServeReplica:shoal-engine-", "RosterActor")]
     assert len(killed) == 3
     for process in killed:
         process.kill()

@@ -24,29 +24,39 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bprotos/shoal/v1/admin.proto\x12\x08shoal.v1\"Q\n\rInjectRequest\x12\r\n\x05\x66\x61ult\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x12\n\nduration_s\x18\x03 \x01(\x01\x12\r\n\x05share\x18\x04 \x01(\x01\",\n\x0eInjectResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04pids\x18\x02 \x03(\r\"\x0f\n\rStatusRequest\"\x9b\x01\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\'\n\x07\x65ngines\x18\x03 \x03(\x0b\x32\x16.shoal.v1.EngineStatus\x12.\n\x0b\x66ront_doors\x18\x04 \x03(\x0b\x32\x19.shoal.v1.FrontDoorStatus\x12\x10\n\x08warnings\x18\x05 \x03(\t\"\x8f\x04\n\x0c\x45ngineStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0c\n\x04plan\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x13\n\x0b\x63ollectives\x18\x06 \x01(\t\x12\x0f\n\x07kernels\x18\x07 \x01(\t\x12*\n\tdp_groups\x18\x08 \x03(\x0b\x32\x17.shoal.v1.DPGroupStatus\x12#\n\x05ranks\x18\t \x03(\x0b\x32\x14.shoal.v1.RankStatus\x12\x14\n\x0cquantization\x18\n \x01(\t\x12\x0e\n\x06load_s\x18\x0b \x01(\x01\x12\x18\n\x10\x65xpert_imbalance\x18\x0c \x01(\x01\x12\x14\n\x0c\x65xpert_epoch\x18\r \x01(\x04\x12\x10\n\x08\x64ispatch\x18\x0e \x01(\t\x12\x0f\n\x07version\x18\x14 \x01(\t\x12\x0e\n\x06weight\x18\x15 \x01(\x01\x12\x10\n\x08\x64raining\x18\x16 \x01(\x08\x12\x12\n\nleader_pid\x18\x17 \x01(\r\x12\x13\n\x0bleader_node\x18\x18 \x01(\t\x12\x15\n\rmissing_ranks\x18\x19 \x03(\r\x12\x15\n\rjoining_ranks\x18\x1a \x03(\r\x12\x14\n\x0cnum_regroups\x18\x1b \x01(\r\x12\x1a\n\x12last_regroup_cause\x18\x1c \x01(\t\x12\x16\n\x0elast_regroup_s\x18\x1d \x01(\x01\"\xb3\x01\n\rDPGroupStatus\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bnum_running\x18\x03 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x04 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x05 \x01(\r\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x08 \x01(\x04\"\x98\x01\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0f\n\x07threads\x18\x05 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x06 \x01(\x04\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x07 \x01(\x04\x12\x15\n\rexpert_tokens\x18\x08 \x01(\x01\"t\n\x0f\x46rontDoorStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x15\n\ropen_requests\x18\x03 \x01(\r\x12\x11\n\tdp_groups\x18\x04 \x03(\t\x12\x0b\n\x03pid\x18\x14 \x01(\r\x12\x10\n\x08\x64raining\x18\x15 \x01(\x08\x32\x81\x01\n\x05\x41\x64min\x12;\n\x06Status\x12\x17.shoal.v1.StatusRequest\x1a\x18.shoal.v1.StatusResponse\x12;\n\x06Inject\x12\x17.shoal.v1.InjectRequest\x1a\x18.shoal.v1.InjectResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bprotos/shoal/v1/admin.proto\x12\x08shoal.v1\"\xa2\x01\n\x0eOperationEvent\x12-\n\x05state\x18\x01 \x01(\x0e\x32\x1e.shoal.v1.OperationEvent.State\x12\x0c\n\x04line\x18\x02 \x01(\t\"S\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_RUNNING\x10\x01\x12\x0e\n\nSTATE_DONE\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\"a\n\x0c\x44rainRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x16\n\ttimeout_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04undo\x18\x03 \x01(\x08\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\x42\x0c\n\n_timeout_s\"\x1f\n\x0cScaleRequest\x12\x0f\n\x07\x65ngines\x18\x01 \x01(\r\"\xe1\x01\n\x0eRolloutRequest\x12\x0e\n\x06\x63onfig\x18\x01 \x01(\t\x12\x10\n\x08strategy\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x06weight\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07watch_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x1b\n\x0emax_error_rate\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0cmax_slowdown\x18\x07 \x01(\x01H\x03\x88\x01\x01\x42\t\n\x07_weightB\n\n\x08_watch_sB\x11\n\x0f_max_error_rateB\x0f\n\r_max_slowdown\"Q\n\rInjectRequest\x12\r\n\x05\x66\x61ult\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x12\n\nduration_s\x18\x03 \x01(\x01\x12\r\n\x05share\x18\x04 \x01(\x01\",\n\x0eInjectResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04pids\x18\x02 \x03(\r\"\x0f\n\rStatusRequest\"\x9b\x01\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\'\n\x07\x65ngines\x18\x03 \x03(\x0b\x32\x16.shoal.v1.EngineStatus\x12.\n\x0b\x66ront_doors\x18\x04 \x03(\x0b\x32\x19.shoal.v1.FrontDoorStatus\x12\x10\n\x08warnings\x18\x05 \x03(\t\"\x8f\x04\n\x0c\x45ngineStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0c\n\x04plan\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x13\n\x0b\x63ollectives\x18\x06 \x01(\t\x12\x0f\n\x07kernels\x18\x07 \x01(\t\x12*\n\tdp_groups\x18\x08 \x03(\x0b\x32\x17.shoal.v1.DPGroupStatus\x12#\n\x05ranks\x18\t \x03(\x0b\x32\x14.shoal.v1.RankStatus\x12\x14\n\x0cquantization\x18\n \x01(\t\x12\x0e\n\x06load_s\x18\x0b \x01(\x01\x12\x18\n\x10\x65xpert_imbalance\x18\x0c \x01(\x01\x12\x14\n\x0c\x65xpert_epoch\x18\r \x01(\x04\x12\x10\n\x08\x64ispatch\x18\x0e \x01(\t\x12\x0f\n\x07version\x18\x14 \x01(\t\x12\x0e\n\x06weight\x18\x15 \x01(\x01\x12\x10\n\x08\x64raining\x18\x16 \x01(\x08\x12\x12\n\nleader_pid\x18\x17 \x01(\r\x12\x13\n\x0bleader_node\x18\x18 \x01(\t\x12\x15\n\rmissing_ranks\x18\x19 \x03(\r\x12\x15\n\rjoining_ranks\x18\x1a \x03(\r\x12\x14\n\x0cnum_regroups\x18\x1b \x01(\r\x12\x1a\n\x12last_regroup_cause\x18\x1c \x01(\t\x12\x16\n\x0elast_regroup_s\x18\x1d \x01(\x01\"\xb3\x01\n\rDPGroupStatus\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bnum_running\x18\x03 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x04 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x05 \x01(\r\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x08 \x01(\x04\"\x98\x01\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0f\n\x07threads\x18\x05 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x06 \x01(\x04\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x07 \x01(\x04\x12\x15\n\rexpert_tokens\x18\x08 \x01(\x01\"t\n\x0f\x46rontDoorStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x15\n\ropen_requests\x18\x03 \x01(\r\x12\x11\n\tdp_groups\x18\x04 \x03(\t\x12\x0b\n\x03pid\x18\x14 \x01(\r\x12\x10\n\x08\x64raining\x18\x15 \x01(\x08\x32\xbc\x02\n\x05\x41\x64min\x12;\n\x06Status\x12\x17.shoal.v1.StatusRequest\x1a\x18.shoal.v1.StatusResponse\x12;\n\x05\x44rain\x12\x16.shoal.v1.DrainRequest\x1a\x18.shoal.v1.OperationEvent0\x01\x12;\n\x05Scale\x12\x16.shoal.v1.ScaleRequest\x1a\x18.shoal.v1.OperationEvent0\x01\x12?\n\x07Rollout\x12\x18.shoal.v1.RolloutRequest\x1a\x18.shoal.v1.OperationEvent0\x01\x12;\n\x06Inject\x12\x17.shoal.v1.InjectRequest\x1a\x18.shoal.v1.InjectResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.shoal.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_INJECTREQUEST']._serialized_start=41
-  _globals['_INJECTREQUEST']._serialized_end=122
-  _globals['_INJECTRESPONSE']._serialized_start=124
-  _globals['_INJECTRESPONSE']._serialized_end=168
-  _globals['_STATUSREQUEST']._serialized_start=170
-  _globals['_STATUSREQUEST']._serialized_end=185
-  _globals['_STATUSRESPONSE']._serialized_start=188
-  _globals['_STATUSRESPONSE']._serialized_end=343
-  _globals['_ENGINESTATUS']._serialized_start=346
-  _globals['_ENGINESTATUS']._serialized_end=873
-  _globals['_DPGROUPSTATUS']._serialized_start=876
-  _globals['_DPGROUPSTATUS']._serialized_end=1055
-  _globals['_RANKSTATUS']._serialized_start=1058
-  _globals['_RANKSTATUS']._serialized_end=1210
-  _globals['_FRONTDOORSTATUS']._serialized_start=1212
-  _globals['_FRONTDOORSTATUS']._serialized_end=1328
-  _globals['_ADMIN']._serialized_start=1331
-  _globals['_ADMIN']._serialized_end=1460
+  _globals['_OPERATIONEVENT']._serialized_start=42
+  _globals['_OPERATIONEVENT']._serialized_end=204
+  _globals['_OPERATIONEVENT_STATE']._serialized_start=121
+  _globals['_OPERATIONEVENT_STATE']._serialized_end=204
+  _globals['_DRAINREQUEST']._serialized_start=206
+  _globals['_DRAINREQUEST']._serialized_end=303
+  _globals['_SCALEREQUEST']._serialized_start=305
+  _globals['_SCALEREQUEST']._serialized_end=336
+  _globals['_ROLLOUTREQUEST']._serialized_start=339
+  _globals['_ROLLOUTREQUEST']._serialized_end=564
+  _globals['_INJECTREQUEST']._serialized_start=566
+  _globals['_INJECTREQUEST']._serialized_end=647
+  _globals['_INJECTRESPONSE']._serialized_start=649
+  _globals['_INJECTRESPONSE']._serialized_end=693
+  _globals['_STATUSREQUEST']._serialized_start=695
+  _globals['_STATUSREQUEST']._serialized_end=710
+  _globals['_STATUSRESPONSE']._serialized_start=713
+  _globals['_STATUSRESPONSE']._serialized_end=868
+  _globals['_ENGINESTATUS']._serialized_start=871
+  _globals['_ENGINESTATUS']._serialized_end=1398
+  _globals['_DPGROUPSTATUS']._serialized_start=1401
+  _globals['_DPGROUPSTATUS']._serialized_end=1580
+  _globals['_RANKSTATUS']._serialized_start=1583
+  _globals['_RANKSTATUS']._serialized_end=1735
+  _globals['_FRONTDOORSTATUS']._serialized_start=1737
+  _globals['_FRONTDOORSTATUS']._serialized_end=1853
+  _globals['_ADMIN']._serialized_start=1856
+  _globals['_ADMIN']._serialized_end=2172
 # @@protoc_insertion_point(module_scope)

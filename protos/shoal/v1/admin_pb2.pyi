@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -17,6 +18,159 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+@_typing.final
+class OperationEvent(_message.Message):
+    """What an operation is doing; the last event of a stream says how it ended. It goes on when the stream breaks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _State:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[OperationEvent._State.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STATE_UNSPECIFIED: OperationEvent._State.ValueType  # 0
+        STATE_RUNNING: OperationEvent._State.ValueType  # 1
+        STATE_DONE: OperationEvent._State.ValueType  # 2
+        STATE_FAILED: OperationEvent._State.ValueType  # 3
+
+    class State(_State, metaclass=_StateEnumTypeWrapper): ...
+    STATE_UNSPECIFIED: OperationEvent.State.ValueType  # 0
+    STATE_RUNNING: OperationEvent.State.ValueType  # 1
+    STATE_DONE: OperationEvent.State.ValueType  # 2
+    STATE_FAILED: OperationEvent.State.ValueType  # 3
+
+    STATE_FIELD_NUMBER: _builtins.int
+    LINE_FIELD_NUMBER: _builtins.int
+    state: Global___OperationEvent.State.ValueType
+    line: _builtins.str
+    def __init__(
+        self,
+        *,
+        state: Global___OperationEvent.State.ValueType = ...,
+        line: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["line", b"line", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OperationEvent: _TypeAlias = OperationEvent  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    UNDO_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    target: _builtins.str
+    """an engine ("engine-0"), one of its ranks ("engine-0/rank-2") or a node's address"""
+    timeout_s: _builtins.float
+    """then what still runs is handed over; default: cluster.drain_timeout_s"""
+    undo: _builtins.bool
+    """let the target take requests again"""
+    force: _builtins.bool
+    """also where no other engine is left"""
+    def __init__(
+        self,
+        *,
+        target: _builtins.str = ...,
+        timeout_s: _builtins.float | None = ...,
+        undo: _builtins.bool = ...,
+        force: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "timeout_s", b"timeout_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "force", b"force", "target", b"target", "timeout_s", b"timeout_s", "undo", b"undo"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__timeout_s: _TypeAlias = _typing.Literal["timeout_s"]  # noqa: Y015
+    _WhichOneofArgType__timeout_s: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_s) -> _WhichOneofReturnType__timeout_s | None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class ScaleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENGINES_FIELD_NUMBER: _builtins.int
+    engines: _builtins.int
+    def __init__(
+        self,
+        *,
+        engines: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engines", b"engines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScaleRequest: _TypeAlias = ScaleRequest  # noqa: Y015
+
+@_typing.final
+class RolloutRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONFIG_FIELD_NUMBER: _builtins.int
+    STRATEGY_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    WATCH_S_FIELD_NUMBER: _builtins.int
+    MAX_ERROR_RATE_FIELD_NUMBER: _builtins.int
+    MAX_SLOWDOWN_FIELD_NUMBER: _builtins.int
+    config: _builtins.str
+    """the new engines' configuration file"""
+    strategy: _builtins.str
+    """"rolling", "blue-green" or "canary" """
+    version: _builtins.str
+    """what the new engines are called"""
+    weight: _builtins.float
+    """canary: the share of requests that it gets at first"""
+    watch_s: _builtins.float
+    """how long the new version is watched before the old one goes"""
+    max_error_rate: _builtins.float
+    """above it the new version is taken back"""
+    max_slowdown: _builtins.float
+    """the same for its mean time to the first token over the old version's"""
+    def __init__(
+        self,
+        *,
+        config: _builtins.str = ...,
+        strategy: _builtins.str = ...,
+        version: _builtins.str = ...,
+        weight: _builtins.float | None = ...,
+        watch_s: _builtins.float | None = ...,
+        max_error_rate: _builtins.float | None = ...,
+        max_slowdown: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_error_rate", b"_max_error_rate", "_max_slowdown", b"_max_slowdown", "_watch_s", b"_watch_s", "_weight", b"_weight", "max_error_rate", b"max_error_rate", "max_slowdown", b"max_slowdown", "watch_s", b"watch_s", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_error_rate", b"_max_error_rate", "_max_slowdown", b"_max_slowdown", "_watch_s", b"_watch_s", "_weight", b"_weight", "config", b"config", "max_error_rate", b"max_error_rate", "max_slowdown", b"max_slowdown", "strategy", b"strategy", "version", b"version", "watch_s", b"watch_s", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_error_rate: _TypeAlias = _typing.Literal["max_error_rate"]  # noqa: Y015
+    _WhichOneofArgType__max_error_rate: _TypeAlias = _typing.Literal["_max_error_rate", b"_max_error_rate"]  # noqa: Y015
+    _WhichOneofReturnType__max_slowdown: _TypeAlias = _typing.Literal["max_slowdown"]  # noqa: Y015
+    _WhichOneofArgType__max_slowdown: _TypeAlias = _typing.Literal["_max_slowdown", b"_max_slowdown"]  # noqa: Y015
+    _WhichOneofReturnType__watch_s: _TypeAlias = _typing.Literal["watch_s"]  # noqa: Y015
+    _WhichOneofArgType__watch_s: _TypeAlias = _typing.Literal["_watch_s", b"_watch_s"]  # noqa: Y015
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_error_rate) -> _WhichOneofReturnType__max_error_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_slowdown) -> _WhichOneofReturnType__max_slowdown | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__watch_s) -> _WhichOneofReturnType__watch_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+
+Global___RolloutRequest: _TypeAlias = RolloutRequest  # noqa: Y015
 
 @_typing.final
 class InjectRequest(_message.Message):

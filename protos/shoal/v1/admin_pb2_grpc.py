@@ -39,6 +39,21 @@ class AdminStub:
                 request_serializer=protos_dot_shoal_dot_v1_dot_admin__pb2.StatusRequest.SerializeToString,
                 response_deserializer=protos_dot_shoal_dot_v1_dot_admin__pb2.StatusResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_stream(
+                '/shoal.v1.Admin/Drain',
+                request_serializer=protos_dot_shoal_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=protos_dot_shoal_dot_v1_dot_admin__pb2.OperationEvent.FromString,
+                _registered_method=True)
+        self.Scale = channel.unary_stream(
+                '/shoal.v1.Admin/Scale',
+                request_serializer=protos_dot_shoal_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=protos_dot_shoal_dot_v1_dot_admin__pb2.OperationEvent.FromString,
+                _registered_method=True)
+        self.Rollout = channel.unary_stream(
+                '/shoal.v1.Admin/Rollout',
+                request_serializer=protos_dot_shoal_dot_v1_dot_admin__pb2.RolloutRequest.SerializeToString,
+                response_deserializer=protos_dot_shoal_dot_v1_dot_admin__pb2.OperationEvent.FromString,
+                _registered_method=True)
         self.Inject = channel.unary_unary(
                 '/shoal.v1.Admin/Inject',
                 request_serializer=protos_dot_shoal_dot_v1_dot_admin__pb2.InjectRequest.SerializeToString,
@@ -55,10 +70,29 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Inject(self, request, context):
+    def Drain(self, request, context):
         """What follows demands the key of an administrator.
 
-        Harms a process on purpose, where `chaos.enabled` is set.
+        Takes nothing new to a part of the cluster; what runs there is finished, or handed over when the time is up.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scale(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollout(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Inject(self, request, context):
+        """Harms a process on purpose, where `chaos.enabled` is set.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,6 +105,21 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=protos_dot_shoal_dot_v1_dot_admin__pb2.StatusRequest.FromString,
                     response_serializer=protos_dot_shoal_dot_v1_dot_admin__pb2.StatusResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_stream_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=protos_dot_shoal_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=protos_dot_shoal_dot_v1_dot_admin__pb2.OperationEvent.SerializeToString,
+            ),
+            'Scale': grpc.unary_stream_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=protos_dot_shoal_dot_v1_dot_admin__pb2.ScaleRequest.FromString,
+                    response_serializer=protos_dot_shoal_dot_v1_dot_admin__pb2.OperationEvent.SerializeToString,
+            ),
+            'Rollout': grpc.unary_stream_rpc_method_handler(
+                    servicer.Rollout,
+                    request_deserializer=protos_dot_shoal_dot_v1_dot_admin__pb2.RolloutRequest.FromString,
+                    response_serializer=protos_dot_shoal_dot_v1_dot_admin__pb2.OperationEvent.SerializeToString,
             ),
             'Inject': grpc.unary_unary_rpc_method_handler(
                     servicer.Inject,
@@ -105,6 +154,87 @@ class Admin:
             '/shoal.v1.Admin/Status',
             protos_dot_shoal_dot_v1_dot_admin__pb2.StatusRequest.SerializeToString,
             protos_dot_shoal_dot_v1_dot_admin__pb2.StatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.v1.Admin/Drain',
+            protos_dot_shoal_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            protos_dot_shoal_dot_v1_dot_admin__pb2.OperationEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.v1.Admin/Scale',
+            protos_dot_shoal_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
+            protos_dot_shoal_dot_v1_dot_admin__pb2.OperationEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.v1.Admin/Rollout',
+            protos_dot_shoal_dot_v1_dot_admin__pb2.RolloutRequest.SerializeToString,
+            protos_dot_shoal_dot_v1_dot_admin__pb2.OperationEvent.FromString,
             options,
             channel_credentials,
             insecure,

@@ -32,21 +32,29 @@ class AdminStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminAsyncStub: ...
     Status: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StatusRequest, _admin_pb2.StatusResponse]
-    Inject: _grpc.UnaryUnaryMultiCallable[_admin_pb2.InjectRequest, _admin_pb2.InjectResponse]
+    Drain: _grpc.UnaryStreamMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.OperationEvent]
     """What follows demands the key of an administrator.
 
-    Harms a process on purpose, where `chaos.enabled` is set.
+    Takes nothing new to a part of the cluster; what runs there is finished, or handed over when the time is up.
     """
+    Scale: _grpc.UnaryStreamMultiCallable[_admin_pb2.ScaleRequest, _admin_pb2.OperationEvent]
+    Rollout: _grpc.UnaryStreamMultiCallable[_admin_pb2.RolloutRequest, _admin_pb2.OperationEvent]
+    Inject: _grpc.UnaryUnaryMultiCallable[_admin_pb2.InjectRequest, _admin_pb2.InjectResponse]
+    """Harms a process on purpose, where `chaos.enabled` is set."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Status: _aio.UnaryUnaryMultiCallable[_admin_pb2.StatusRequest, _admin_pb2.StatusResponse]  # type: ignore[assignment]
-    Inject: _aio.UnaryUnaryMultiCallable[_admin_pb2.InjectRequest, _admin_pb2.InjectResponse]  # type: ignore[assignment]
+    Drain: _aio.UnaryStreamMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.OperationEvent]  # type: ignore[assignment]
     """What follows demands the key of an administrator.
 
-    Harms a process on purpose, where `chaos.enabled` is set.
+    Takes nothing new to a part of the cluster; what runs there is finished, or handed over when the time is up.
     """
+    Scale: _aio.UnaryStreamMultiCallable[_admin_pb2.ScaleRequest, _admin_pb2.OperationEvent]  # type: ignore[assignment]
+    Rollout: _aio.UnaryStreamMultiCallable[_admin_pb2.RolloutRequest, _admin_pb2.OperationEvent]  # type: ignore[assignment]
+    Inject: _aio.UnaryUnaryMultiCallable[_admin_pb2.InjectRequest, _admin_pb2.InjectResponse]  # type: ignore[assignment]
+    """Harms a process on purpose, where `chaos.enabled` is set."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -57,14 +65,36 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_admin_pb2.StatusResponse, _abc.Awaitable[_admin_pb2.StatusResponse]]: ...
 
     @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _admin_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.OperationEvent], _abc.AsyncIterator[_admin_pb2.OperationEvent]]:
+        """What follows demands the key of an administrator.
+
+        Takes nothing new to a part of the cluster; what runs there is finished, or handed over when the time is up.
+        """
+
+    @_abc_1.abstractmethod
+    def Scale(
+        self,
+        request: _admin_pb2.ScaleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.OperationEvent], _abc.AsyncIterator[_admin_pb2.OperationEvent]]: ...
+
+    @_abc_1.abstractmethod
+    def Rollout(
+        self,
+        request: _admin_pb2.RolloutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.OperationEvent], _abc.AsyncIterator[_admin_pb2.OperationEvent]]: ...
+
+    @_abc_1.abstractmethod
     def Inject(
         self,
         request: _admin_pb2.InjectRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.InjectResponse, _abc.Awaitable[_admin_pb2.InjectResponse]]:
-        """What follows demands the key of an administrator.
-
-        Harms a process on purpose, where `chaos.enabled` is set.
-        """
+        """Harms a process on purpose, where `chaos.enabled` is set."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -129,3 +129,26 @@ def test_draining_is_news() -> None:
     roster.drain()
     assert roster.snapshot().draining
     assert roster.snapshot().version > version
+
+
+def test_an_engine_that_is_only_claimed_is_shown_as_that() -> None:
+    roster, _ = make()
+    roster.claim("a", ("engine-0",))
+    (found,) = roster.engines()
+    assert (found.status.name, found.status.state) == ("engine-0", "claiming")
+
+
+def test_groups_that_leave_are_not_given_to_front_doors() -> None:
+    roster, _ = make()
+    roster.claim("a", ("engine-0",))
+    roster.report_engine(report("engine-0", "a", group("engine-0")))
+    version = roster.snapshot().version
+    roster.leave(("engine-0/0",), 7.0)
+    assert roster.snapshot().groups == ()
+    assert roster.snapshot().leaving == (("engine-0/0", 7.0),)
+    assert roster.snapshot().version > version
+    roster.stay(("engine-0/0",))
+    assert roster.snapshot().groups == (group("engine-0"),)
+    assert roster.snapshot().leaving == ()
+    roster.weigh((("2", 0.5),))
+    assert roster.snapshot().weights == (("2", 0.5),)

@@ -1,0 +1,91 @@
+"""An operation's `World` as Ray and Ray Serve have it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from cluster.app.names import app_name
+from cluster.app.reap import reap_engine
+from cluster.app.spec import ClusterSpec
+from cluster.engine.deployment import engine_deployment
+from cluster.operations.world import OperationFailed
+from cluster.roster import EngineReport, FrontDoorReport
+
+__all__ = ["RayWorld"]
+
+_CALL_S = 15.0
+_TRY_S = 30.0  # the roster is started again by Ray, and hears everything anew
+
+
+class RayWorld:
+    """`stop` ends every wait. Calls from one thread."""
+
+    def __init__(self, roster: Any, stop: threading.Event) -> None:
+        self._roster = roster
+        self._stop = stop
+
+    def overview(self) -> tuple[Sequence[EngineReport], Sequence[FrontDoorReport]]:
+        found: tuple[Sequence[EngineReport], Sequence[FrontDoorReport]] = self._ask("overview")
+        return found
+
+    def start_engine(self, name: str, spec: ClusterSpec) -> None:
+        self._need_room(spec)
+        try:
+            serve.run(engine_deployment(spec).bind(spec, name), name=app_name(name), route_prefix=None)
+        except (RayError, RayServeException, RuntimeError) as error:
+            raise OperationFailed(f"Ray Serve does not start {name}: {str(error).splitlines()[0]}") from None
+
+    def stop_engine(self, name: str) -> None:
+        try:
+            serve.delete(app_name(name))
+            reap_engine(name)
+        except (RayError, RayServeException, RuntimeError) as error:
+            raise OperationFailed(f"Ray Serve does not end {name}: {str(error).splitlines()[0]}") from None
+
+    def leave(self, keys: Sequence[str], timeout_s: float) -> None:
+        self._ask("leave", tuple(keys), timeout_s)
+
+    def stay(self, keys: Sequence[str]) -> None:
+        self._ask("stay", tuple(keys))
+
+    def weigh(self, weights: Sequence[tuple[str, float]]) -> None:
+        self._ask("weigh", tuple(weights))
+
+    def now_s(self) -> float:
+        return time.monotonic()
+
+    def wait(self, seconds: float) -> None:
+        if self._stop.wait(seconds):
+            raise OperationFailed("the cluster is shutting down")
+
+    def _ask(self, method: str, *arguments: object) -> Any:
+        give_up_s = time.monotonic() + _TRY_S
+        while True:
+            try:
+                return ray.get(getattr(self._roster, method).remote(*arguments), timeout=_CALL_S)
+            except RayError as error:
+                if time.monotonic() > give_up_s:
+                    raise OperationFailed(f"the roster does not answer: {str(error).splitlines()[0]}") from None
+            self.wait(0.5)
+
+    def _need_room(self, spec: ClusterSpec) -> None:
+        """A Ray of our own has room for a number of engines that was fixed at its start; any other may still grow."""
+        if spec.rank_host is None:
+            return
+        resource = "GPU" if spec.settings.device == "cuda" else "CPU"
+        each = 1 if resource == "GPU" else spec.settings.num_threads
+        needed = spec.settings.plan.num_ranks * each
+        free = ray.available_resources().get(resource, 0.0)
+        if needed > free:
+            raise OperationFailed(
+                f"no room for another engine: it takes {needed} {resource}, {free:g} are left; "
+                "start with a larger cluster.max_engines"
+            )

@@ -1,0 +1,107 @@
+"""`shoal scale`, `rollout` and `drain` under a load of plain clients: no request fails."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import pytest
+
+from protos.shoal.v1 import inference_pb2 as pb
+from protos.shoal.v1 import inference_pb2_grpc
+from tests.checkpoints import tiny_llama
+from tests.integration.served import Served, run_shoal, serving
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@dataclass
+class _Load:
+    """Streams in threads, one after the other on each, that neither retry nor resume."""
+
+    port: int
+    num_done: int = 0
+    errors: list[str] = field(default_factory=list)
+    longest_wait_s: float = 0.0
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        request = pb.GenerateRequest(text="over and over", sampling=pb.SamplingParams(max_tokens=150, ignore_eos=True))
+        with grpc.insecure_channel(f"127.0.0.1:{self.port}", [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            while not self.stop.is_set():
+                position, last_s = 0, time.monotonic()
+                try:
+                    for chunk in stub.Generate(request, timeout=120):
+                        assert chunk.position == position
+                        position += len(chunk.token_ids)
+                        self.longest_wait_s = max(self.longest_wait_s, time.monotonic() - last_s)
+                        last_s = time.monotonic()
+                    assert position == 150
+                    self.num_done += 1
+                except (grpc.RpcError, AssertionError) as error:
+                    self.errors.append(str(error))
+
+
+@contextmanager
+def _under_load(served: Served) -> Iterator[_Load]:
+    load = _Load(served.port)
+    threads = [threading.Thread(target=load.run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield load
+    finally:
+        load.stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_engines_come_and_go_and_no_request_fails(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "tiny", max_position_embeddings=2048)
+    newer = tiny_llama(tmp_path / "newer", max_position_embeddings=2048)
+    config = tmp_path / "newer.yaml"
+    config.write_text(f"model: {{path: {newer}}}\nresources: {{cache_size: 16MiB}}\n")
+    with serving(model) as served:
+        at = ["--address", f"127.0.0.1:{served.port}"]
+        with _under_load(served) as load:
+            up = run_shoal("scale", "2", *at)
+            assert up.returncode == 0, up.stdout + up.stderr + served.output
+            assert [engine.name for engine in served.status().engines] == ["engine-0", "engine-1"]
+            full = run_shoal("scale", "3", *at)
+            assert full.returncode == 1
+            assert "cluster.max_engines" in full.stderr
+            down = run_shoal("drain", "engine-0", "--timeout-s", "1", *at)
+            assert down.returncode == 0, down.stdout + down.stderr
+            new = run_shoal("rollout", str(config), "--version", "2", "--watch-s", "2", "--max-slowdown", "50", *at)
+            assert new.returncode == 0, new.stdout + new.stderr + served.output
+            (engine,) = served.status().engines
+            assert (engine.version, engine.state) == ("2", "ready")
+        assert load.errors == []
+        assert load.num_done > 0
+        last = run_shoal("drain", engine.name, *at)
+        assert last.returncode == 1
+        assert "--force" in last.stderr
+        wrong = run_shoal("rollout", str(_other_tokenizer(tmp_path, model)), "--version", "3", *at)
+        assert wrong.returncode == 1
+        assert "tokenizer" in wrong.stderr
+        served.interrupt()
+        assert served.process.wait(timeout=60) == 0
+        served.expect_nothing_left()
+
+
+def _other_tokenizer(folder: Path, model: Path) -> Path:
+    """A configuration that names a model with another tokenizer."""
+    other = folder / "other"
+    other.mkdir()
+    for path in model.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
+    config = folder / "other.yaml"
+    config.write_text(f"model: {{path: {other}}}\n")
+    return config
