@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from cluster.config.environment import variable
 from cluster.config.load import ConfigError
 from cluster.config.schema import ApiKeySection, SecuritySection
 from cluster.front_door.quotas import Quota, Quotas
+from cluster.front_door.tls import Certificates, TlsFiles
 
-__all__ = ["administrators", "api_keys", "new_secret", "quotas"]
+__all__ = ["administrators", "api_keys", "new_secret", "quotas", "tls_files"]
 
 _MIN_KEY_CHARS = 8
 _QUOTA_KEYS = ("requests_per_minute", "tokens_per_minute", "max_open")
@@ -68,6 +70,22 @@ def quotas(section: SecuritySection) -> Quotas:
                 raise ConfigError(f"security.api_keys.{at}.{name}: {one.tenant} has {known[name]} by another key")
     fallback = {name: getattr(default, name) for name in _QUOTA_KEYS}
     return Quotas(default=default, tenants={name: Quota(**{**fallback, **given}) for name, given in own.items()})
+
+
+def tls_files(section: SecuritySection) -> TlsFiles | None:
+    """Raises ConfigError where the files are not there, or do not fit together."""
+    if section.tls is None:
+        return None
+    paths = {name: Path(value).expanduser() for name, value in asdict(section.tls).items() if value is not None}
+    for name, path in paths.items():
+        if not path.is_file():
+            raise ConfigError(f"security.tls.{name}: there is no file {path}")
+    files = TlsFiles(**{name: str(path.absolute()) for name, path in paths.items()})
+    try:
+        Certificates(files)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"security.tls: the certificate and its key cannot be used together: {error}") from None
+    return files
 
 
 def _read(section: ApiKeySection, at: int) -> str:

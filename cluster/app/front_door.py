@@ -53,6 +53,7 @@ class FrontDoor:
                 administrators=spec.administrators,
                 chaos=spec.chaos,
                 quotas=spec.quotas,
+                tls=spec.tls,
                 cors_origins=spec.cors_origins,
                 limits=spec.limits,
                 routing=spec.routing,

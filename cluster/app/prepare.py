@@ -24,7 +24,7 @@ from cluster.models.folder import inspect
 from cluster.models.progress import Progress
 from cluster.operations.judge import Limits
 from cluster.operations.rollout import Rollout
-from cluster.security import administrators, api_keys, new_secret, quotas
+from cluster.security import administrators, api_keys, new_secret, quotas, tls_files
 from cluster.telemetry import endpoint_of
 from protos.shoal.v1 import admin_pb2
 from workers.model.other_config import NOTICE
@@ -44,6 +44,7 @@ def prepare(config: Config, machine: Machine, progress: Progress) -> ClusterSpec
         raise ConfigError(
             "chaos.enabled: name who may do it in security.administrators, with a key in security.api_key"
         )
+    certificates = tls_files(config.security)
     grpc_port = free_port(cluster.host, cluster.port, key="cluster.port", option="--port")
     http_port = free_port(cluster.host, cluster.http_port, key="cluster.http_port", option="--http-port")
     models_dir = Path(config.model.models_dir).expanduser() if config.model.models_dir else cache_folder()
@@ -73,6 +74,7 @@ def prepare(config: Config, machine: Machine, progress: Progress) -> ClusterSpec
         quotas=quotas(config.security),
         max_engines=_max_engines(config),
         autoscale=autoscale_settings(config),
+        tls=certificates,
         chaos=config.chaos.enabled,
         cors_origins=config.security.cors_origin,
         rank_host=None if cluster.address else "127.0.0.1",

@@ -8,6 +8,7 @@ from cluster.config.network import NetworkSettings
 from cluster.front_door.limits import Limits
 from cluster.front_door.model_card import ModelCard
 from cluster.front_door.quotas import Quotas
+from cluster.front_door.tls import TlsFiles
 from scheduler.autoscale import AutoscaleSettings
 from workers.settings import EngineSettings
 
@@ -42,4 +43,5 @@ class ClusterSpec:
     administrators: tuple[str, ...] = ()
     chaos: bool = False
     quotas: Quotas = field(default_factory=Quotas)
+    tls: TlsFiles | None = None
     warnings: tuple[str, ...] = ()

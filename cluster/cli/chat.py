@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from cluster.cli.connection import CaOption, CertOption, PrivateKeyOption, Tls, TlsOption
+
 __all__ = ["chat"]
 
 
@@ -18,6 +20,10 @@ def chat(
     system: Annotated[str, typer.Option(help="What the model is told first.", show_default=False)] = "",
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.", show_default=False)] = None,
     max_tokens: Annotated[int | None, typer.Option(help="The longest answer.", show_default=False)] = None,
+    tls: TlsOption = False,
+    tls_ca: CaOption = None,
+    tls_cert: CertOption = None,
+    tls_key: PrivateKeyOption = None,
     message: Annotated[
         str | None, typer.Option("--message", "-m", help="Ask this, print the answer and leave.", show_default=False)
     ] = None,
@@ -26,7 +32,7 @@ def chat(
     from cluster.cli.chat_client import Conversation, connect
     from cluster.cli.chat_terminal import run
 
-    with connect(address, api_key) as server:
+    with connect(address, api_key, Tls(enabled=tls, ca=tls_ca, cert=tls_cert, key=tls_key)) as server:
         conversation = Conversation(server, model=model, system=system, temperature=temperature, max_tokens=max_tokens)
         code = run(conversation, message)
     raise typer.Exit(code)

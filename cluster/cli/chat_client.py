@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import grpc
 
-from cluster.client.held import CHANNEL_OPTIONS, Held
+from cluster.cli.connection import Tls
+from cluster.client.held import Held
 from cluster.client.streams import follow_blocking
 from protos.shoal.v1 import inference_pb2 as pb
 from protos.shoal.v1 import inference_pb2_grpc
@@ -31,10 +32,11 @@ class Server:
     address: str
     stub: inference_pb2_grpc.InferenceStub
     metadata: tuple[tuple[str, str], ...]
+    tls: Tls = field(default_factory=Tls)
 
     def channel(self) -> grpc.Channel:
         """Another connection, which may reach another front door."""
-        return grpc.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+        return self.tls.channel(self.address)
 
     def model_names(self) -> list[str]:
         """Raises ChatError where nobody answers."""
@@ -49,17 +51,20 @@ class Server:
         failed = cast("grpc.Call", error)  # what grpc raises is both, and says so nowhere
         code, details = failed.code(), failed.details() or ""
         never_reached = code is grpc.StatusCode.UNAVAILABLE and not failed.initial_metadata()
+        if never_reached and "andshake" in details:
+            return ChatError(f"no TLS with {self.address}: is it spoken there (--tls), and who signs (--tls-ca)?")
         if never_reached and ("onnect" in details or "resol" in details):
             return ChatError(f"no server answers at {self.address}; is `shoal serve` running?")
         return ChatError(details or code.name.lower().replace("_", " "))
 
 
 @contextmanager
-def connect(address: str, api_key: str | None) -> Iterator[Server]:
+def connect(address: str, api_key: str | None, tls: Tls | None = None) -> Iterator[Server]:
     """The first call opens the connection."""
     metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
-    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-        yield Server(address, inference_pb2_grpc.InferenceStub(channel), metadata)
+    secured = tls or Tls()
+    with secured.channel(address) as channel:
+        yield Server(address, inference_pb2_grpc.InferenceStub(channel), metadata, secured)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

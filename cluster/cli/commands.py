@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cluster.cli.chat import chat
+from cluster.cli.connection import CaOption, CertOption, PrivateKeyOption, Tls, TlsOption
 from cluster.cli.operate import chaos, drain, rollout, scale
 
 __all__ = ["app"]
@@ -105,11 +106,16 @@ def status(
     address: DoorOption = "127.0.0.1:9000",
     api_key: KeyOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+    tls: TlsOption = False,
+    tls_ca: CaOption = None,
+    tls_cert: CertOption = None,
+    tls_key: PrivateKeyOption = None,
 ) -> None:
     """Show engines, ranks and front doors of a running cluster."""
     from cluster.cli.status import show
 
-    show(address, api_key, as_json=as_json)
+    secured = Tls(enabled=tls, ca=tls_ca, cert=tls_cert, key=tls_key)
+    show(address, api_key, as_json=as_json, tls=secured)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.table import Table
 
+from cluster.cli.connection import Tls
 from cluster.cli.failure import fail
 from cluster.config.sizes import show_size
 from protos.shoal.v1 import admin_pb2, admin_pb2_grpc
@@ -19,10 +20,10 @@ __all__ = ["render", "show"]
 _TIMEOUT_S = 10.0
 
 
-def show(target: str, api_key: str | None, *, as_json: bool) -> None:
+def show(target: str, api_key: str | None, *, as_json: bool, tls: Tls | None = None) -> None:
     """Asks the front door at `target` and prints what it says."""
     metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
-    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    with (tls or Tls()).channel(target) as channel:
         try:
             answer = admin_pb2_grpc.AdminStub(channel).Status(
                 admin_pb2.StatusRequest(), timeout=_TIMEOUT_S, metadata=metadata

@@ -29,6 +29,7 @@ __all__ = [
     "SecuritySection",
     "TelemetrySection",
     "TenantSection",
+    "TlsSection",
 ]
 
 _FORBID_EXTRA = {"extra": "forbid", "allow_inf_nan": False}
@@ -190,6 +191,16 @@ class ApiKeySection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TlsSection:
+    """Files in PEM, on every machine that has a front door; with `client_ca` clients must show a certificate too."""
+
+    __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
+    cert: str
+    key: str
+    client_ca: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SecuritySection:
     """`api_key` is one key, or several by the name of who holds them; `api_keys` says more of each; `rate_limit` is for
     every tenant that has no limits of its own; `administrators` are the names that may drain,
@@ -200,6 +211,7 @@ class SecuritySection:
     api_key: str | dict[str, str] | None = None
     api_keys: tuple[ApiKeySection, ...] = ()
     rate_limit: RateLimitSection | None = None
+    tls: TlsSection | None = None
     insecure: bool = False
     cors_origin: tuple[str, ...] = ()
     administrators: tuple[str, ...] = ()

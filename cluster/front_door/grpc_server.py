@@ -12,6 +12,7 @@ from cluster.front_door.admin_door import ADMIN, AdminDoor
 from cluster.front_door.auth import Authenticate
 from cluster.front_door.desk import Desk
 from cluster.front_door.grpc_door import SERVICE, InferenceDoor
+from cluster.front_door.tls import Certificates
 
 __all__ = ["GrpcServer"]
 
@@ -22,9 +23,16 @@ class GrpcServer:
     """Serves `desk` on one port, which several front doors on a node may share."""
 
     def __init__(
-        self, desk: Desk, *, authenticate: Authenticate, admin: AdminDoor | None, max_message_bytes: int
+        self,
+        desk: Desk,
+        *,
+        authenticate: Authenticate,
+        admin: AdminDoor | None,
+        max_message_bytes: int,
+        certificates: Certificates | None = None,
     ) -> None:
         self._desk = desk
+        self._certificates = certificates
         self._server = grpc.aio.server(options=_options(max_message_bytes))
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._services = [SERVICE]
@@ -43,7 +51,10 @@ class GrpcServer:
         """Returns the port, which matters where 0 was asked for. Raises OSError where it cannot be had."""
         bracketed = f"[{host}]" if ":" in host else host
         try:
-            bound = self._server.add_insecure_port(f"{bracketed}:{port}")
+            if self._certificates is None:
+                bound = self._server.add_insecure_port(f"{bracketed}:{port}")
+            else:
+                bound = self._server.add_secure_port(f"{bracketed}:{port}", self._certificates.for_grpc())
         except RuntimeError as error:
             raise OSError(f"gRPC port {port} on {host} cannot be opened: is it in use?") from error
         await self._tell_health()

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
+from cluster.front_door.tls import Certificates
+
 __all__ = ["HttpServer"]
 
 _GRACE_S = 2
@@ -18,7 +20,7 @@ _GRACE_S = 2
 class HttpServer:
     """Serves an ASGI app on one port, which several front doors on a node may share."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, certificates: Certificates | None = None) -> None:
         config = uvicorn.Config(
             app,
             http="httptools",
@@ -30,6 +32,9 @@ class HttpServer:
             server_header=False,
             timeout_graceful_shutdown=_GRACE_S,
         )
+        if certificates is not None:
+            config.load()
+            config.ssl = certificates.for_http()
         self._server = _Server(config)
         self._socket: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None

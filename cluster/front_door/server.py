@@ -28,6 +28,7 @@ from cluster.front_door.metrics import FrontDoorMetrics
 from cluster.front_door.model_card import ModelCard
 from cluster.front_door.quotas import Quotas
 from cluster.front_door.text import Template, TextCodec
+from cluster.front_door.tls import Certificates, TlsFiles
 from cluster.front_door.tokenizer import Tokenizer
 from scheduler.routing import POLICIES
 from workers.guided import GrammarCompiler
@@ -48,6 +49,7 @@ class FrontDoorSettings:
     administrators: tuple[str, ...] = ()  # names of keys; where there are no keys, everybody is one
     chaos: bool = False  # whether administrators may inject faults
     quotas: Quotas = field(default_factory=Quotas)
+    tls: TlsFiles | None = None  # None: in the clear
     cors_origins: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     routing: str = "prefix-affinity"
@@ -98,6 +100,7 @@ class FrontDoorServer:
             grammars=grammars,
             quotas=settings.quotas,
         )
+        certificates = None if settings.tls is None else Certificates(settings.tls)
         authenticate = ApiKeys(settings.api_keys)
         admin = None
         if operations is not None:
@@ -107,6 +110,7 @@ class FrontDoorServer:
             authenticate=authenticate,
             admin=admin,
             max_message_bytes=settings.limits.max_message_bytes,
+            certificates=certificates,
         )
         app = build_app(
             self.desk,
@@ -115,7 +119,7 @@ class FrontDoorServer:
             cors_origin=settings.cors_origins,
             limits=HttpLimits(max_body_bytes=settings.limits.max_message_bytes),
         )
-        self._http = HttpServer(app) if settings.http_port is not None else None
+        self._http = HttpServer(app, certificates) if settings.http_port is not None else None
         self.grpc_port = 0
         self.http_port = 0
 

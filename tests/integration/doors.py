@@ -15,6 +15,7 @@ from cluster.front_door.errors import InvalidRequest
 from cluster.front_door.limits import Limits
 from cluster.front_door.quotas import Quotas
 from cluster.front_door.server import FrontDoorServer, FrontDoorSettings
+from cluster.front_door.tls import TlsFiles
 from protos.shoal.v1 import admin_pb2, inference_pb2_grpc
 from protos.shoal.v1 import inference_pb2 as pb
 from tests.fakes import CARD, SECRET, ByteCodec, FakeGroup, LineTemplate, hashed, serving
@@ -52,6 +53,7 @@ async def open_door(
     chaos: bool = False,
     grammars: GrammarCompiler | None = None,
     quotas: Quotas | None = None,
+    tls: TlsFiles | None = None,
 ) -> AsyncIterator[Door]:
     """Groups are started, the door opened, and all of it ended whatever happens."""
     settings = FrontDoorSettings(
@@ -62,6 +64,7 @@ async def open_door(
         limits=limits or Limits(),
         api_keys=api_keys or {},
         quotas=quotas or Quotas(),
+        tls=tls,
         administrators=administrators,
         chaos=chaos,
     )

@@ -27,7 +27,7 @@ def retry_delay_s(error: grpc.aio.AioRpcError) -> float:
     status = status_pb2.Status.FromString(dict(metadata)["grpc-status-details-bin"])
     retry = error_details_pb2.RetryInfo()
     assert any(detail.Unpack(retry) for detail in status.details)
-    return float(retry.retry_delay.seconds) + retry.retry_delay.nanos / 1e9
+    return float(retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9)
 
 
 async def post(door: Door, api_key: str) -> httpx.Response:

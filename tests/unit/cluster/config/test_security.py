@@ -10,7 +10,9 @@ from cluster.config import ConfigError, parse
 from cluster.config.scheduling import scheduling_settings
 from cluster.config.schema import SecuritySection
 from cluster.front_door.quotas import Quota
-from cluster.security import administrators, api_keys, new_secret, quotas
+from cluster.front_door.tls import TlsFiles
+from cluster.security import administrators, api_keys, new_secret, quotas, tls_files
+from tests.certificates import Authority
 
 
 def keys(value: object) -> dict[str, tuple[str, ...]]:
@@ -118,3 +120,20 @@ def test_weights_reach_the_batchers() -> None:
     assert fairness is not None
     assert fairness.tenants["ann"].weight == 3
     assert fairness.default.weight == 1
+
+
+def test_certificates_are_checked_before_anything_starts(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("server")
+    _, other = authority.issue("other")
+
+    def files(**names: Path) -> TlsFiles | None:
+        given = {name: str(path) for name, path in names.items()}
+        return tls_files(parse({"security": {"tls": given}}).security)
+
+    assert files(cert=cert, key=key) == TlsFiles(cert=str(cert), key=str(key))
+    with pytest.raises(ConfigError, match=r"security\.tls: the certificate and its key cannot be used together"):
+        files(cert=cert, key=other)
+    with pytest.raises(ConfigError, match=r"security\.tls\.client_ca: there is no file"):
+        files(cert=cert, key=key, client_ca=tmp_path / "none.pem")
+    assert tls_files(parse({}).security) is None

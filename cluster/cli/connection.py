@@ -1,0 +1,57 @@
+"""How commands reach a front door: in the clear, or by TLS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cluster.cli.failure import fail
+
+if TYPE_CHECKING:
+    import grpc
+
+__all__ = ["CaOption", "CertOption", "PrivateKeyOption", "Tls", "TlsOption"]
+
+TlsOption = Annotated[bool, typer.Option("--tls", help="Speak TLS; the system knows who signs.")]
+CaOption = Annotated[
+    Path | None, typer.Option("--tls-ca", help="Speak TLS; this PEM file knows who signs.", show_default=False)
+]
+CertOption = Annotated[
+    Path | None, typer.Option("--tls-cert", help="A certificate of one's own, in PEM.", show_default=False)
+]
+PrivateKeyOption = Annotated[Path | None, typer.Option("--tls-key", help="Its key.", show_default=False)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tls:
+    """`ca` alone speaks TLS too; `cert` and `key` are for servers that want to know who comes."""
+
+    enabled: bool = False
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+
+    def channel(self, address: str) -> grpc.Channel:
+        """The connection opens with the first call. Ends the program where a file cannot be read."""
+        import grpc  # only now: the options above are imported to show the help
+
+        from cluster.client.held import CHANNEL_OPTIONS
+
+        if not (self.enabled or self.ca or self.cert or self.key):
+            return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        if (self.cert is None) != (self.key is None):
+            fail("--tls-cert and --tls-key go together")
+        credentials = grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.cert))
+        return grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+
+
+def _read(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        fail(f"{path}: {error.strerror}")
