@@ -45,6 +45,7 @@ class GrpcServer:
         self._add_reflection()
         self._changed = asyncio.Event()
         self._follower: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
         desk.on_ready_change(self._changed.set)
 
     async def start(self, host: str, port: int) -> int:
@@ -62,9 +63,11 @@ class GrpcServer:
         self._follower = asyncio.get_running_loop().create_task(self._follow_health(), name="gRPC health")
         return bound
 
-    async def leave(self) -> None:
-        """Tells those who watch that no new call should come."""
+    async def leave(self, grace_s: float) -> None:
+        """Tells those who watch that no new call should come; then the port is closed and every connection hears so
+        (GOAWAY). Calls that are open go on for `grace_s` at most."""
         await self._health.enter_graceful_shutdown()
+        self._leaving = asyncio.get_running_loop().create_task(self._server.stop(grace_s), name="gRPC door leaves")
 
     async def stop(self, grace_s: float) -> None:
         """Ends all calls; those of health watchers and the like after `grace_s` at most."""

@@ -52,6 +52,11 @@ class HttpServer:
             raise OSError(f"the HTTP server on port {port} ended at its start")
         return bound
 
+    def leave(self) -> None:
+        """Takes no new connection; those that are open go on."""
+        for server in self._server.servers:
+            server.close()
+
     async def stop(self) -> None:
         """Closes the port and, after a short grace, what is still open."""
         self._server.should_exit = True

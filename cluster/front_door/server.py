@@ -35,6 +35,8 @@ from workers.guided import GrammarCompiler
 
 __all__ = ["FrontDoorServer", "FrontDoorSettings"]
 
+_TOLD_S = 1.0  # for calls that are ended at the end of a drain to hear so
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FrontDoorSettings:
@@ -170,7 +172,9 @@ class FrontDoorServer:
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no new call and waits for the open ones; those still open after `timeout_s` are ended."""
-        await self._grpc.leave()
+        await self._grpc.leave(timeout_s + _TOLD_S)
+        if self._http is not None:
+            self._http.leave()
         await self.desk.drain(timeout_s)
 
     async def stop(self) -> None:
