@@ -2,7 +2,8 @@
 
 It sends a token to each rank once, however many of its experts live there, and adds up what comes back from the ranks.
 So a rank adds its own experts' outputs first: the sum's bits depend on where experts live, and
-`inference.deterministic` keeps to `AllToAllDispatch`. See `dispatch.py` for the seam and the shape suffixes.
+`inference.deterministic` keeps to `AllToAllDispatch`; so do ranks that have closed up after a loss, for a buffer keeps
+the ranks that it was made with. See `dispatch.py` for the seam and the shape suffixes.
 """
 
 from __future__ import annotations

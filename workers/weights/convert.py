@@ -21,6 +21,7 @@ import torch
 
 from workers.kernels.quantized import quantize_int8
 from workers.model.config import read_config
+from workers.model.other_config import NOTICE
 from workers.model.parameters import Parameter, Piece
 from workers.model.quantization import BlockQuantization
 from workers.weights.fp8 import SCALE_SUFFIX, quantize, scale_shape
@@ -66,7 +67,10 @@ def convert(source: Path, target: Path, wanted: Conversion, progress: Progress) 
     """
     if target.resolve() == source.resolve():
         raise ValueError("a checkpoint cannot be converted in place: name another folder")
-    quantization = read_config(source).quantization
+    config = read_config(source)
+    if wanted.quantization != "none" and not config.native:
+        raise ValueError(f"quantization must be none for a {config.model_type} model, which {NOTICE}")
+    quantization = config.quantization
     index = read_index(source)
     target.mkdir(parents=True, exist_ok=True)
     state = _State(target, _identity(index, wanted))

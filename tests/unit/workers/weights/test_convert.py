@@ -155,3 +155,13 @@ def test_what_is_written_runs_as_its_values_do(source: Path, tmp_path: Path, qua
         logits.append(sequence.logits[0])
     for other in logits[1:]:
         torch.testing.assert_close(other, logits[0], rtol=0, atol=TOLERANCE)
+
+
+def test_what_runs_through_transformers_is_not_quantized(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    raw = json.loads((source / "config.json").read_text()) | {"model_type": "mistral", "architectures": None}
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="quantization must be none for a mistral model"):
+        convert(folder, tmp_path / "target", Conversion(quantization="int8"), _quiet)
+    assert not (tmp_path / "target").exists()
