@@ -25,6 +25,8 @@ from workers.parallel.plan import ParallelPlan
 from workers.runner import Runner
 from workers.weights.random_checkpoint import SHAPES, random_checkpoint
 
+__all__ = ["BLOCK_SIZE", "TURNS", "run_ours"]
+
 BLOCK_SIZE, TURNS = 16, 3
 # name, sequences, prompt tokens, tokens generated of each
 CASES = (("one sequence", 1, 128, 64), ("a long prompt", 1, 1024, 1), ("16 sequences", 16, 128, 128))
@@ -36,7 +38,7 @@ def _prompts(count: int, length: int) -> list[list[int]]:
     return [[int(token_id) for token_id in row] for row in ids]
 
 
-def _ours(runner: Runner, clock: Clock, count: int, prompt: int, output: int) -> tuple[float, float]:
+def run_ours(runner: Runner, clock: Clock, count: int, prompt: int, output: int) -> tuple[float, float]:
     """Seconds to the first tokens, and from there to the last."""
     blocks = -(-(prompt + output) // BLOCK_SIZE)
     sequences = [
@@ -99,7 +101,7 @@ def main() -> None:
     print(f"{runner.report.kernels}, {threads} thread(s)")
     for title, count, prompt, output in CASES:
         turns = [
-            (_ours(runner, clock, count, prompt, output), _theirs(model, clock, count, prompt, output))
+            (run_ours(runner, clock, count, prompt, output), _theirs(model, clock, count, prompt, output))
             for _ in range(TURNS + 1)
         ][1:]
         ours, theirs = ([min(turn[side][part] for turn in turns) for part in (0, 1)] for side in (0, 1))
