@@ -1,4 +1,4 @@
-"""Priorities, deadlines, cached prefixes and tenants through the doors of a running server."""
+"""Priorities, deadlines, cached prefixes and tenants through the doors of a running server, its steps overlapped."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.timeout(240)
 KEYS = {"alice": "key-of-alice", "bob": "key-of-bob-too"}
 CONFIG = f"""
 inference: {{max_batch_size: 1}}
+scheduling: {{overlap: true}}
 security: {{api_key: {json.dumps(KEYS)}}}
 """
 PROMPT = "A shoal is many small fish that move as one and close up when one is lost. " * 4
