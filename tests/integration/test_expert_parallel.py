@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(model: Path, tmp_path: Path) -> Iterator[StartEngine]:
     engines: list[Engine] = []
 
-    def start_engine(collectives: str = "auto", **plan: int) -> Engine:
+    def start_engine(collectives: str = "auto", overlap: bool = False, **plan: int) -> Engine:
         fields: dict[str, Any] = {
             "engine": "e0",
             "model_name": "tiny",
@@ -52,6 +52,7 @@ def start(model: Path, tmp_path: Path) -> Iterator[StartEngine]:
             "cache_bytes": 1 << 22,
             "step_timeout_s": STEP_TIMEOUT_S,
             "collectives": collectives,
+            "overlap": overlap,
         }
         folder = tmp_path / str(len(engines))
         folder.mkdir()
@@ -83,8 +84,8 @@ async def _generate(addresses: list[str], num_tokens: int = 16) -> list[list[int
 
 @pytest.mark.parametrize(
     "plan",
-    [{"data": 2}, {"data": 4, "redundant_experts": 4}, {"data": 2, "tensor": 2}],
-    ids=["dp 2", "dp 4 with redundant experts", "dp 2 tp 2"],
+    [{"data": 2}, {"data": 4, "redundant_experts": 4}, {"data": 2, "tensor": 2}, {"data": 2, "overlap": True}],
+    ids=["dp 2", "dp 4 with redundant experts", "dp 2 tp 2", "dp 2, steps overlapped"],
 )
 async def test_spread_experts_say_what_one_rank_says(start: StartEngine, plan: dict[str, int]) -> None:
     single = start()
