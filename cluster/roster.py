@@ -38,6 +38,7 @@ class EngineReport:
     pid: int = 0  # the leader's, on `node`
     node: str = ""
     refused: bool = False  # the error is the user's to mend: the settings or the model
+    lost: tuple[str, ...] = ()  # addresses of DP groups that are over, whatever their streams say
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +84,7 @@ class Snapshot:
     draining: bool
     leaving: tuple[tuple[str, float], ...] = ()  # groups' keys, and in how many seconds what runs there is handed over
     weights: tuple[tuple[str, float], ...] = ()  # versions of engines, and their shares of the requests
+    lost: tuple[str, ...] = ()  # addresses of DP groups whose streams are to be given up
 
 
 @dataclass(slots=True)
@@ -197,8 +199,9 @@ class Roster:
     def _refresh(self) -> None:
         leaving = {key for key, _ in self._snapshot.leaving}
         groups = tuple(group for report in self.engines() for group in report.groups if group.key not in leaving)
-        if groups != self._snapshot.groups:
-            self._set(groups=groups)
+        lost = tuple(address for report in self.engines() for address in report.lost)
+        if (groups, lost) != (self._snapshot.groups, self._snapshot.lost):
+            self._set(groups=groups, lost=lost)
 
     def _set(self, **changes: object) -> None:
         self._snapshot = replace(self._snapshot, version=self._snapshot.version + 1, **changes)  # type: ignore[arg-type]

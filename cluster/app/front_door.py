@@ -133,7 +133,7 @@ class FrontDoor:
     def _act_on(self, snapshot: Snapshot) -> None:
         links, loop = self._server.links, asyncio.get_running_loop()
         links.set_weights(dict(snapshot.weights))
-        self._server.set_groups(snapshot.groups)
+        self._server.set_groups(snapshot.groups, snapshot.lost)
         for key, timeout_s in snapshot.leaving:
             if key not in self._leaving:
                 self._leaving[key] = loop.call_later(timeout_s, links.hand_over, key)

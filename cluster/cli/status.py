@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import grpc
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.cli.connection import Tls
@@ -76,6 +77,13 @@ def _engine(engine: admin_pb2.EngineStatus) -> Iterator[str | Table]:
                 values.append(f"{rank.expert_tokens:.0f}")
             ranks.add_row(str(rank.rank), rank.node, str(rank.pid), rank.device, str(rank.threads), *values)
         yield ranks
+    if engine.missing_ranks or engine.joining_ranks:
+        parts = (("missing", engine.missing_ranks), ("loading, to join", engine.joining_ranks))
+        told = (f"{what}: {', '.join(map(str, ranks))}" for what, ranks in parts if ranks)
+        yield "  [yellow]ranks " + "; ".join(told) + "[/yellow]"
+    if engine.num_regroups:
+        last = f"{engine.last_regroup_s:.2f} s, because {escape(engine.last_regroup_cause)}"
+        yield f"  regrouped {engine.num_regroups} times; the last time in {last}"
     if engine.expert_imbalance:
         yield f"  experts: imbalance {engine.expert_imbalance:.2f} (1 is even), moved {engine.expert_epoch} times"
 

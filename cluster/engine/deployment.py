@@ -99,6 +99,7 @@ class Engine:
                 progress=leader.progress,
                 error=leader.error,
                 refused=leader.refused,
+                lost=leader.lost,
             )
             try:
                 if not await self._roster.report_engine.remote(report):

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_MOST_LOST = 64  # front doors hear of a loss at once, or they find out by themselves
+
 
 class StoreHost(Protocol):
     """Where ranks meet; lives as long as the object."""
@@ -72,6 +74,7 @@ class Leader:
         self.generation = generation
         self.progress = 0.0
         self.error = ""
+        self.lost: tuple[str, ...] = ()  # where the last DP groups listened that were given up
         self.refused = False
         self.probed_at_s = 0.0
 
@@ -319,6 +322,8 @@ class Leader:
     def _left(self, members: Members) -> None:
         """Those that were lost leave the roster at once: what they were answering is answered elsewhere."""
         sessions = {group: one for group, one in self._members.sessions.items() if group in members.sessions}
+        gone = [one for group, one in self._members.sessions.items() if group not in sessions]
+        self.lost = (*self.lost, *gone)[-_MOST_LOST:]
         self._members = Members(plan=members.plan, ranks=members.ranks, addresses=members.addresses, sessions=sessions)
         self._on_change()
 

@@ -63,10 +63,12 @@ class Regroup:
         self._next_generation = next_generation
         self._on_members = on_members
         self._redundant = settings.plan.redundant_experts
+        self._fenced: set[int] = set()
 
     async def run(self, members: Members) -> Regrouped:
         """Raises RankLost where no DP group is left or no attempt succeeds, NoRoom where more ranks are needed."""
         reason = ""
+        self._fenced.clear()
         for attempt in range(self._pace.max_regroups):
             if attempt:
                 log.warning("%s: regrouping failed: %s; trying again", self._settings.engine, reason)
@@ -83,12 +85,13 @@ class Regroup:
 
     async def _living(self, members: Members) -> Members:
         """The DP groups that are whole. What does not answer, or cannot go on, is fenced."""
-        answers, lost = await ask_each(members.ranks, lambda rank: rank.status(), self._pace.answer_timeout_s)
+        left = {number: rank for number, rank in members.ranks.items() if number not in self._fenced}
+        answers, lost = await ask_each(left, lambda rank: rank.status(), self._pace.answer_timeout_s)
         for number, status in answers.items():
             if status.state in (RankState.BROKEN, RankState.STOPPED):
                 lost[number] = f"rank {number} is {status.state}: {status.reason}"
-        whole = members.whole(members.ranks.keys() - lost.keys())
-        for number in members.ranks.keys() - lost.keys() - whole.ranks.keys():
+        whole = members.whole(left.keys() - lost.keys())
+        for number in left.keys() - lost.keys() - whole.ranks.keys():
             lost[number] = f"rank {number} is left of a DP group that is not whole"
         if lost:
             self._on_members(whole)
@@ -100,6 +103,7 @@ class Regroup:
     async def _fence(self, members: Members, lost: Mapping[int, str]) -> None:
         for reason in lost.values():
             log.warning("%s: %s", self._settings.engine, reason)
+        self._fenced |= lost.keys()
         await asyncio.gather(*(self._ranks.fence(number, members.addresses.get(number)) for number in lost))
 
     async def _once(self, members: Members) -> Regrouped:

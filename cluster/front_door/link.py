@@ -138,6 +138,10 @@ class Link:
             max_batch_tokens=self.info.max_batch_tokens,
         )
 
+    def give_up(self, reason: str) -> None:
+        """Waits for nothing any more: what is open is lost at once, and `close` is to follow."""
+        self._lose(reason)
+
     def fence(self, generation: int) -> None:
         """Refuse what the group says for an older generation than this."""
         self.generation = max(self.generation, generation)

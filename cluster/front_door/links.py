@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from cluster.front_door.groups import GroupAddress
@@ -65,8 +65,11 @@ class Links:
         """Takes an `on_change` back."""
         self._listeners.remove(listener)
 
-    def set_groups(self, groups: Iterable[GroupAddress]) -> None:
-        """Takes the roster's newest list: connects to what is new, retires what has gone."""
+    def set_groups(self, groups: Iterable[GroupAddress], lost: Collection[str] = ()) -> None:
+        """Takes the roster's newest list: connects to what is new, retires what has gone.
+
+        What is `lost`, by address, is not waited for: a host that is out of reach does not even close its streams.
+        """
         wanted = {group.key: group for group in groups}
         for key in [key for key in self._links if key not in wanted]:
             self._retire(key)
@@ -79,6 +82,9 @@ class Links:
                 self._retire(key)
             self._links[key] = link = self._make_link(address, self._options, self._changed)
             link.start()
+        over = set(lost) - {group.target for group in wanted.values()}
+        for link in [link for link in self._retired if link.address.target in over]:
+            link.give_up("the group was lost")
         self._changed()
 
     def set_weights(self, weights: Mapping[str, float]) -> None:

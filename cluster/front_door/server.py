@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -156,9 +156,9 @@ class FrontDoorServer:
         """Whether a call would be taken and run now."""
         return self.desk.ready()
 
-    def set_groups(self, groups: Iterable[GroupAddress]) -> None:
-        """The roster's newest list of DP groups that can serve."""
-        self.links.set_groups(groups)
+    def set_groups(self, groups: Iterable[GroupAddress], lost: Collection[str] = ()) -> None:
+        """The roster's newest list of DP groups that can serve; `lost` are addresses of some that are over."""
+        self.links.set_groups(groups, lost)
 
     async def start(self) -> None:
         """Opens the ports. Raises OSError naming the one that cannot be had."""

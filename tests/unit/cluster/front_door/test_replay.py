@@ -146,6 +146,27 @@ async def test_a_group_that_leaves_the_roster_finishes_what_it_has() -> None:
     assert not leaving.ready, "its stream was closed behind the last answer"
 
 
+async def test_a_lost_group_is_not_waited_for() -> None:
+    it = bench()
+    task, (submit,) = await it.begin(_call())
+    at = _where(it, submit)
+    it.link(at).answer(submit, "ab")
+    it.links.set_groups([it.link(1 - at).address], lost=[it.link(at).address.target])
+    (replay,) = it.link(1 - at).submits
+    assert bytes(replay.output_token_ids) == b"ab"
+    it.link(1 - at).answer(replay, "c", finish=pb.FINISH_LENGTH)
+    assert _text(await task) == "abc"
+    assert not it.link(at).ready
+
+
+async def test_a_group_at_the_address_of_a_lost_one_is_used() -> None:
+    it = bench(("engine/0",))
+    task, (submit,) = await it.begin(_call())
+    it.links.set_groups([it.link().address], lost=[it.link().address.target])
+    it.link().answer(submit, "abc", finish=pb.FINISH_LENGTH)
+    assert _text(await task) == "abc"
+
+
 async def test_a_group_at_a_new_address_is_a_new_group() -> None:
     it = bench(("engine/0",))
     old = it.link()

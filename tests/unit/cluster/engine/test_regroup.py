@@ -1,0 +1,247 @@
+"""A leader whose ranks are lost: who goes on, who comes back, and that nothing wedges it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from cluster.engine.ranks import RankLost, RankRefused
+from cluster.engine.states import EngineState
+from scheduler.experts import contiguous
+from tests.unit.cluster.engine.fake_ranks import FakeRank
+from tests.unit.cluster.engine.test_leader import SETTINGS, Case, leading
+from workers.parallel.plan import ParallelPlan
+from workers.report import Holdings, RankState
+
+FOUR = replace(SETTINGS, plan=ParallelPlan(data=4))
+
+
+def holding(index: int, ranks: list[FakeRank]) -> None:
+    """Eight experts in each of two layers, two of them at each rank."""
+    del index
+    for rank in ranks:
+        held = contiguous(8, 4).slots[rank.rank]
+        rank.holdings = Holdings(layers=(1, 2), experts=(held, held), num_experts=8)
+
+
+def kill(case: Case, *numbers: int) -> None:
+    """Dead, and the others' collectives fail."""
+    for number in numbers:
+        case.ranks.living[number].death.set()
+    for number, rank in case.ranks.living.items():
+        if number not in numbers:
+            rank.troubled.set()
+
+
+async def until_whole(case: Case, generation: int) -> None:
+    await case.until(
+        lambda: (
+            case.leader.state is EngineState.READY
+            and case.leader.generation >= generation
+            and len(case.leader.groups()) == case.leader._settings.plan.data
+        )
+    )
+
+
+def check(case: Case) -> None:
+    """What must hold whenever an engine is ready."""
+    members = case.leader._members
+    ranks = [case.ranks.living[number] for number in members.ranks]
+    assert {rank.state for rank in ranks} == {RankState.RUNNING}
+    assert {rank.generation for rank in ranks} == {case.leader.generation}
+    assert {tuple(address.rank for address in rank.addresses) for rank in ranks} == {tuple(members.ranks)}
+    for layer in range(2):
+        held = [expert for rank in ranks if rank.holdings.layers for expert in rank.holdings.experts[layer]]
+        assert not held or set(held) == set(range(8)), "every expert lives somewhere"
+    assert {group.generation for group in case.leader.groups()} == {case.leader.generation}
+
+
+async def test_survivors_go_on_and_the_lost_one_comes_back() -> None:
+    async with leading(holding, settings=FOUR) as case:
+        await case.until_state(EngineState.READY)
+        first = case.ranks.sets[0]
+        case.ranks.room.clear()
+        kill(case, 2)
+        moment = await case.until_state(EngineState.REGROUPING)
+        assert [group.dp_group for group in moment.groups] in ([0, 1, 2, 3], [0, 1, 3])
+        await case.until_state(EngineState.READY)
+        assert [group.dp_group for group in case.leader.groups()] == [0, 1, 3]
+        assert case.leader.lost == ("[::1]:2002",)
+        assert all("load" not in rank.calls[rank.calls.index("interrupt") :] for rank in first if rank.rank != 2)
+        assert [rank.holdings.experts[0] for rank in first if rank.rank != 2] == [(0, 1, 4), (2, 3, 5), (6, 7)]
+        check(case)
+        status = case.leader.status()
+        assert (list(status.joining_ranks), status.num_regroups) == ([2], 1)
+        assert "rank" in status.last_regroup_cause
+        case.ranks.room.set()
+        await until_whole(case, 3)
+        check(case)
+        assert [rank.holdings.experts[1] for _, rank in sorted(case.ranks.living.items())] == list(
+            contiguous(8, 4).slots
+        )
+        assert case.ranks.num_cleared == 1, "only what might have been there before the start"
+        assert [len(ranks) for ranks in case.ranks.sets] == [4, 1]
+
+
+async def test_a_frozen_rank_is_fenced() -> None:
+    async with leading(holding, settings=FOUR) as case:
+        await case.until_state(EngineState.READY)
+        frozen = case.ranks.living[1]
+        frozen.faults |= dict.fromkeys(["status", "interrupt", "renew", "probe"])
+        for number in (0, 2, 3):
+            case.ranks.living[number].troubled.set()
+        await until_whole(case, 3)
+        assert case.ranks.fenced == [1]
+        assert frozen.death.is_set()
+        check(case)
+
+
+async def test_what_is_left_of_a_group_goes_with_it() -> None:
+    async with leading() as case:  # two groups of two
+        await case.until_state(EngineState.READY)
+        kill(case, 3)
+        await until_whole(case, 3)
+        assert sorted(case.ranks.fenced) == [2, 3]
+        assert [len(ranks) for ranks in case.ranks.sets] == [4, 2]
+        check(case)
+
+
+async def test_two_at_once() -> None:
+    async with leading(holding, settings=FOUR) as case:
+        await case.until_state(EngineState.READY)
+        kill(case, 0, 3)
+        await until_whole(case, 3)
+        check(case)
+        assert case.ranks.num_cleared == 1
+
+
+@pytest.mark.parametrize("call", ["interrupt", "regroup", "start"])
+@pytest.mark.parametrize("dies", [True, False])
+async def test_a_loss_during_a_regroup_is_another_regroup(call: str, dies: bool) -> None:
+    async with leading(holding, settings=FOUR) as case:
+        await case.until_state(EngineState.READY)
+        second = case.ranks.living[1]
+        if dies:
+            second.faults[call] = RankLost("died just now")
+            # It answers as the dead do from then on.
+            original = second._called
+
+            async def called(name: str) -> None:
+                if name == call:
+                    second.death.set()
+                await original(name)
+
+            second._called = called  # type: ignore[method-assign]
+        else:
+            second.faults[call] = None
+        kill(case, 2)
+        await case.until(lambda: case.leader.generation >= 3 and case.leader.state is EngineState.READY)
+        if not dies:
+            second.faults.clear()
+        await until_whole(case, 3)
+        check(case)
+
+
+async def test_when_nothing_helps_all_ranks_start_again() -> None:
+    def prepare(index: int, ranks: list[FakeRank]) -> None:
+        holding(index, ranks)
+        if not index:
+            ranks[1].faults["regroup"] = RankLost("it cannot")
+
+    async with leading(prepare, settings=FOUR) as case:
+        await case.until_state(EngineState.READY)
+        kill(case, 2)
+        await case.until_state(EngineState.RESTARTING)
+        assert "5 attempts to regroup failed" in case.leader.error
+        await until_whole(case, 3)
+        check(case)
+
+
+async def test_nobody_is_left() -> None:
+    async with leading(holding, settings=FOUR) as case:
+        await case.until_state(EngineState.READY)
+        kill(case, 0, 1, 2, 3)
+        await case.until_state(EngineState.RESTARTING)
+        await until_whole(case, 2)
+        check(case)
+
+
+async def test_without_memory_for_their_experts_the_lost_ones_are_waited_for() -> None:
+    def prepare(index: int, ranks: list[FakeRank]) -> None:
+        holding(index, ranks)
+        if not index:
+            ranks[0].faults["regroup"] = RankRefused("no memory for 2 more experts")
+
+    async with leading(prepare, settings=FOUR) as case:
+        await case.until_state(EngineState.READY)
+        case.ranks.room.clear()
+        kill(case, 2)
+        await case.until(lambda: "fit nowhere" in case.leader.error)
+        assert case.leader.groups() == ()
+        assert "[2]" in case.leader.error
+        renewed = case.ranks.living[1].calls.count("renew")
+        await asyncio.sleep(0.02)
+        assert case.ranks.living[1].calls.count("renew") > renewed, "they are kept alive"
+        case.ranks.living[0].faults.clear()
+        case.ranks.room.set()
+        await until_whole(case, 2)
+        check(case)
+        assert case.ranks.num_cleared == 1
+
+
+async def test_a_new_leader_finishes_what_another_began() -> None:
+    """Some were interrupted, some had met for a generation that never began."""
+
+    def orphans(ranks: object) -> list[FakeRank]:
+        made = [FakeRank(number, True) for number in (0, 1, 3)]
+        holding(0, made)
+        for rank, generation, newest, state in zip(
+            made,
+            (5, 6, 5),
+            (6, 6, 6),
+            (RankState.INTERRUPTED, RankState.INTERRUPTED, RankState.RUNNING),
+            strict=True,
+        ):
+            rank.generation, rank.newest, rank.state = generation, newest, state
+        return made
+
+    async with leading(holding, settings=FOUR, generation=5, orphans=orphans) as case:
+        await until_whole(case, 7)
+        check(case)
+        assert case.ranks.num_cleared == 0
+        assert [len(ranks) for ranks in case.ranks.sets] == [1]
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_random_faults(seed: int) -> None:
+    random = Random(seed)
+    plan = random.choice([ParallelPlan(data=4), ParallelPlan(data=2, tensor=2)])
+    prepare = holding if plan.tensor == 1 else (lambda index, ranks: None)
+    async with leading(prepare, settings=replace(SETTINGS, plan=plan)) as case:
+        await until_whole(case, 1)
+        for _ in range(4):
+            generation = case.leader.generation
+            for _ in range(random.randint(1, 2)):
+                living = [number for number, rank in case.ranks.living.items() if not rank.death.is_set()]
+                if not living:
+                    break
+                victim = random.choice(living)
+                if random.random() < 0.3:
+                    rank = case.ranks.living[victim]
+                    rank.faults |= dict.fromkeys(random.sample(["status", "interrupt", "regroup", "renew"], 2))
+                    rank.troubled.set()
+                else:
+                    kill(case, victim)
+                for _ in range(random.randint(0, 30)):
+                    await asyncio.sleep(0)
+            # A rank that is only told to hang at a call that nobody makes is as good as a living one.
+            for rank in case.ranks.living.values():
+                rank.troubled.set()
+            await case.until(lambda before=generation: case.leader.generation > before)  # type: ignore[misc]
+            for rank in list(case.ranks.living.values()):
+                rank.faults.clear()
+            await until_whole(case, generation + 1)
+            check(case)
