@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from cluster.config.schema import ApiKeySection, SecuritySection
 from cluster.front_door.quotas import Quota, Quotas
 from cluster.front_door.tls import Certificates, TlsFiles
 
-__all__ = ["administrators", "api_keys", "new_secret", "quotas", "tls_files"]
+__all__ = ["administrators", "api_keys", "derived_secret", "new_secret", "quotas", "tls_files"]
 
 _MIN_KEY_CHARS = 8
 _QUOTA_KEYS = ("requests_per_minute", "tokens_per_minute", "max_open")
@@ -22,6 +23,11 @@ _QUOTA_KEYS = ("requests_per_minute", "tokens_per_minute", "max_open")
 def new_secret() -> str:
     """Made at every start and never written down: what every internal port demands."""
     return secrets.token_urlsafe(32)
+
+
+def derived_secret(ray_token: str) -> str:
+    """The same for everybody with that token: where applications are built apart from each other."""
+    return hmac.new(ray_token.encode(), b"shoal-secret", "sha256").hexdigest()
 
 
 def api_keys(section: SecuritySection) -> Mapping[str, tuple[str, ...]]:

@@ -1,7 +1,9 @@
-"""Shoal for whoever deploys Serve applications by himself, KubeRay's operator above all: `cluster.app.builder:app`.
+"""Shoal for whoever deploys Serve applications by himself, KubeRay's operator above all.
 
-What `shoal serve --address` does from outside happens here inside the cluster, in Serve's own build task; the
-application's one argument is `config`, the path of shoal's configuration, the same file on every node.
+What `shoal serve --address` does from outside happens here inside the cluster, in Serve's own build tasks:
+`cluster.app.builder:doors` with `{config: PATH}` are the front doors, `cluster.app.builder:engine` with `{config: PATH,
+engine: engine-0}` is one engine; the configuration is the same file on every node. Nobody operates such a cluster
+but who deploys it: there is no drain, scale or rollout by `shoal`.
 """
 
 from __future__ import annotations
@@ -13,35 +15,67 @@ from typing import Any
 
 import ray
 
+from cluster.app.names import engine_names
 from cluster.app.prepare import prepare
-from cluster.config import ConfigError, load
-from cluster.config.environment import api_key
+from cluster.app.spec import ClusterSpec
+from cluster.config import Config, ConfigError, load
+from cluster.config.environment import ray_token
 from cluster.config.machine import this_machine
 from cluster.config.resolve import check_exposure
 from cluster.models.progress import Silent
+from cluster.security import derived_secret
 
-__all__ = ["app"]
-
-_KNOWN = {"config"}
+__all__ = ["doors", "engine"]
 
 
-def app(args: Mapping[str, str]) -> Any:
-    """The application, bound. SHOAL_API_KEY goes before the file's `security.api_key`. Raises ConfigError or
-    ModelError."""
+def doors(args: Mapping[str, str]) -> Any:
+    """The front doors' application, bound. Raises ConfigError or ModelError."""
+    config = _config(args, {"config"})
     from cluster.app.front_door import front_door_deployment
+    from cluster.roster_actor import start_roster
+
+    spec = _spec(config)
+    start_roster(spec.log_level)
+    return front_door_deployment(spec).bind(spec)
+
+
+def engine(args: Mapping[str, str]) -> Any:
+    """One engine's application, bound. Raises ConfigError or ModelError."""
+    config = _config(args, {"config", "engine"})
+    known = engine_names(config.cluster.engines)
+    if args["engine"] not in known:
+        raise ConfigError(f"args.engine: {args['engine']} is none of {', '.join(known)} (cluster.engines)")
     from cluster.engine.deployment import engine_deployment
     from cluster.roster_actor import start_roster
 
-    if args.keys() - _KNOWN or "config" not in args:
-        raise ConfigError(f"args: must be {{config: PATH}}, not {dict(args)}")
-    key = api_key()
-    config = load(Path(args["config"]), {("security", "api_key"): key} if key else {})
+    spec = _spec(config)
+    start_roster(spec.log_level)
+    return engine_deployment(spec).bind(spec, args["engine"])
+
+
+def _config(args: Mapping[str, str], wanted: set[str]) -> Config:
+    if args.keys() != wanted:
+        raise ConfigError(f"args: must have {', '.join(sorted(wanted))}, not {', '.join(sorted(args)) or 'nothing'}")
+    config = load(Path(args["config"]))
     if config.cluster.address is None:
         raise ConfigError(f"{args['config']}: cluster.address must be auto: Ray is there already")
+    if 0 in (config.cluster.port, config.cluster.http_port):
+        raise ConfigError(
+            f"{args['config']}: cluster.port and cluster.http_port must be given: nobody would know others"
+        )
     check_exposure(config)
+    return config
+
+
+def _spec(config: Config) -> ClusterSpec:
+    """The ports are not tried: a build task may run beside the front door that has them."""
+    token = ray_token()
+    if token is None:
+        raise ConfigError("Ray has no token here, from which the applications' common secret is made: RAY_AUTH_MODE")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     cores = min((int(resources["CPU"]) for resources in nodes), default=1)
     gpus = sum(int(resources.get("GPU", 0)) for resources in nodes)
-    spec = prepare(config, replace(this_machine(), cores=cores, gpus=gpus), Silent())
-    start_roster(spec.log_level)
-    return front_door_deployment(spec).bind(spec, engine_deployment(spec).bind(spec))
+    untried = replace(config, cluster=replace(config.cluster, port=0, http_port=0))
+    spec = prepare(untried, replace(this_machine(), cores=cores, gpus=gpus), Silent())
+    cluster = config.cluster
+    return replace(spec, secret=derived_secret(token), grpc_port=cluster.port, http_port=cluster.http_port)

@@ -64,7 +64,9 @@ def prepare(config: Config, machine: Machine, progress: Progress) -> ClusterSpec
         raise ModelError(f"{folder}: {error}") from None
     ranks = settings.plan.num_ranks * cluster.engines
     warnings = () if model.config.native else (f"a {model.config.model_type} model {NOTICE}",)
-    shared = settings.device == "cpu" and ranks * settings.num_threads > machine.cores
+    # Of a cluster's nodes Ray gives no core away twice.
+    alone = cluster.address is None
+    shared = alone and settings.device == "cpu" and ranks * settings.num_threads > machine.cores
     return ClusterSpec(
         settings=settings,
         card=replace(card, architecture=card.architecture or model.config.model_type),

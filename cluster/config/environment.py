@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 __all__ = [
-    "api_key",
     "cache_folder",
     "has_ray_token",
     "otlp_endpoint",
     "ray_auth_mode",
+    "ray_token",
     "ray_uses_token",
     "set_variables",
     "variable",
@@ -25,11 +25,6 @@ def cache_folder() -> Path:
         return Path(models_dir).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "shoal" / "models"
-
-
-def api_key() -> str | None:
-    """The clients' key, where an orchestrator hands secrets over in variables: SHOAL_API_KEY."""
-    return os.environ.get("SHOAL_API_KEY") or None
 
 
 def variable(name: str) -> str | None:
@@ -53,6 +48,15 @@ def has_ray_token() -> bool:
     if any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         return True
     return (Path.home() / ".ray" / "auth_token").is_file()
+
+
+def ray_token() -> str | None:
+    """The token that Ray would find here, in Ray's own order. Raises OSError for a file that cannot be read."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token.strip()
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    file = Path(path) if path else Path.home() / ".ray" / "auth_token"
+    return (file.read_text(encoding="utf-8").strip() or None) if path or file.is_file() else None
 
 
 def ray_uses_token() -> bool:

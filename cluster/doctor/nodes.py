@@ -24,7 +24,7 @@ __all__ = ["examine_cluster", "rounds"]
 log = logging.getLogger(__name__)
 
 _CLOCK_TRIES = 3
-_SLACK_S = 2.0
+_SLACK_S = 10.0  # for an actor to say that its own time is over
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.app.names import APP, app_name
 from cluster.config import parse
 
 DEPLOY = Path(__file__).parents[4] / "cluster/deploy"
@@ -44,11 +45,12 @@ def test_serve_takes_its_part_and_finds_the_application(objects: dict[str, Any])
         from ray.serve.schema import ServeDeploySchema
 
     schema = ServeDeploySchema.model_validate(yaml.safe_load(objects["RayService"]["spec"]["serveConfigV2"]))
-    (application,) = schema.applications
-    module, _, name = str(application.import_path).partition(":")
-    assert callable(getattr(importlib.import_module(module), name))
-    mount = Path(str(application.args["config"]))
-    assert mount.name in objects["ConfigMap"]["data"]
+    assert [application.name for application in schema.applications] == [APP, app_name("engine-0")]
+    for application in schema.applications:
+        module, _, name = str(application.import_path).partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
+        assert Path(str(application.args["config"])).name in objects["ConfigMap"]["data"]
+    assert schema.applications[1].args["engine"] == "engine-0"
     assert schema.proxy_location == "Disabled"
 
 
