@@ -9,20 +9,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.cli.failure import fail
+from cluster.config.environment import variable
 
 if TYPE_CHECKING:
     import grpc
 
 __all__ = ["CaOption", "CertOption", "PrivateKeyOption", "Tls", "TlsOption"]
 
-TlsOption = Annotated[bool, typer.Option("--tls", help="Speak TLS; the system knows who signs.")]
+_ON, _CA, _CERT, _KEY = "SHOAL_TLS", "SHOAL_TLS_CA", "SHOAL_TLS_CERT", "SHOAL_TLS_KEY"
+
+TlsOption = Annotated[bool, typer.Option("--tls", envvar=_ON, help="Speak TLS; the system knows who signs.")]
 CaOption = Annotated[
-    Path | None, typer.Option("--tls-ca", help="Speak TLS; this PEM file knows who signs.", show_default=False)
+    Path | None,
+    typer.Option("--tls-ca", envvar=_CA, help="Speak TLS; this file knows who signs.", show_default=False),
 ]
 CertOption = Annotated[
-    Path | None, typer.Option("--tls-cert", help="A certificate of one's own, in PEM.", show_default=False)
+    Path | None,
+    typer.Option("--tls-cert", envvar=_CERT, help="A certificate of one's own.", show_default=False),
 ]
-PrivateKeyOption = Annotated[Path | None, typer.Option("--tls-key", help="Its key.", show_default=False)]
+PrivateKeyOption = Annotated[Path | None, typer.Option("--tls-key", envvar=_KEY, help="Its key.", show_default=False)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +38,17 @@ class Tls:
     ca: Path | None = None
     cert: Path | None = None
     key: Path | None = None
+
+    @classmethod
+    def from_environment(cls) -> Tls:
+        """For commands without these options."""
+        ca, cert, key = (variable(name) for name in (_CA, _CERT, _KEY))
+        return cls(
+            enabled=variable(_ON) is not None,
+            ca=Path(ca) if ca else None,
+            cert=Path(cert) if cert else None,
+            key=Path(key) if key else None,
+        )
 
     def channel(self, address: str) -> grpc.Channel:
         """The connection opens with the first call. Ends the program where a file cannot be read."""

@@ -8,8 +8,8 @@ from typing import cast
 
 import grpc
 
+from cluster.cli.connection import Tls
 from cluster.cli.failure import fail
-from cluster.client.held import CHANNEL_OPTIONS
 from protos.shoal.v1 import admin_pb2, admin_pb2_grpc
 
 __all__ = ["give"]
@@ -22,7 +22,7 @@ def give(target: str, api_key: str | None, ask: Ask) -> None:
     metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
     began_s = time.monotonic()
     last = admin_pb2.OperationEvent()
-    with grpc.insecure_channel(target, options=CHANNEL_OPTIONS) as channel:
+    with Tls.from_environment().channel(target) as channel:
         try:
             for last in ask(admin_pb2_grpc.AdminStub(channel), metadata):
                 if last.state != admin_pb2.OperationEvent.STATE_FAILED:

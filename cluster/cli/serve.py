@@ -120,4 +120,4 @@ def _tell_ready(announcer: Announcer, spec: ClusterSpec, seconds: float, nodes: 
     announcer.line(f"ready after {seconds:.1f} s: {spec.card.name} in {spec.settings.dtype}, {engines}")
     for host in hosts:
         announcer.line(f"  gRPC  {host}:{spec.grpc_port}")
-        announcer.line(f"  HTTP  http://{host}:{spec.http_port}/v1")
+        announcer.line(f"  HTTP  {'http' if spec.tls is None else 'https'}://{host}:{spec.http_port}/v1")
