@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.cli.failure import fail
-from cluster.config.environment import variable
 
 if TYPE_CHECKING:
     import grpc
@@ -42,6 +41,8 @@ class Tls:
     @classmethod
     def from_environment(cls) -> Tls:
         """For commands without these options."""
+        from cluster.config.environment import variable  # only now, as below
+
         ca, cert, key = (variable(name) for name in (_CA, _CERT, _KEY))
         return cls(
             enabled=variable(_ON) is not None,
