@@ -101,14 +101,15 @@ def _pauses(values: Sequence[float]) -> Pauses:
 
 
 def _pauses_by_fault(records: Sequence[StreamRecord], hits: Sequence[Hit]) -> dict[str, Pauses]:
-    """A pause belongs to the last fault before its end."""
+    """A pause belongs to the first fault within it, or to the last one before it."""
     found: dict[str, list[float]] = {}
     for record in records:
         if record.pause_s < _PAUSE_COUNTS_S:
             continue
-        before = [hit for hit in hits if hit.at_s <= record.paused_at_s + record.pause_s]
-        if before:
-            found.setdefault(_kind(before[-1]), []).append(record.pause_s)
+        within = [hit for hit in hits if 0 <= hit.at_s - record.paused_at_s <= record.pause_s]
+        before = [hit for hit in hits if hit.at_s < record.paused_at_s]
+        for hit in within[:1] or before[-1:]:
+            found.setdefault(_kind(hit), []).append(record.pause_s)
     return {kind: _pauses(values) for kind, values in sorted(found.items())}
 
 

@@ -81,6 +81,17 @@ def test_the_verdict_counts_what_clients_saw() -> None:
     assert set(found.tokens_per_s) == {"before", "during", "after"}
 
 
+def test_a_pause_belongs_to_the_fault_that_began_it() -> None:
+    hits = [Hit(Fault("kill", role, (role,)), at_s, at_s + 2) for role, at_s in (("rank", 10.0), ("roster", 13.0))]
+    records = [
+        _record(9.0, pause_s=4.0, paused_at_s=9.5),  # begins before the rank's death, ends behind the roster's
+        _record(9.0, pause_s=1.0, paused_at_s=12.5),
+        _record(9.0, pause_s=2.0, paused_at_s=14.0),
+    ]
+    found = verdict(records, hits, seed=0, began_s=0.0, ended_s=20.0, expected=None)
+    assert {kind: pauses.count for kind, pauses in found.pauses_by_fault.items()} == {"kill rank": 1, "kill roster": 2}
+
+
 def test_a_clean_campaign_is_told_as_one() -> None:
     found = verdict([_record(0.0)], [], seed=0, began_s=0.0, ended_s=5.0, expected=None)
     assert found.clean
