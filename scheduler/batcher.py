@@ -50,8 +50,11 @@ class Batcher:
         order: Order | None = None,
         queue: WaitingQueue | None = None,
         prefix_key: bytes = b"",
+        num_flights: int = 1,
     ) -> None:
+        """`num_flights` steps may be in flight together on sequences of their own: the stages of a pipeline."""
         self.settings = settings
+        self.num_flights = num_flights
         self.generation = generation
         self._clock = clock
         self._order = ORDERS[settings.order] if order is None else order
@@ -140,11 +143,34 @@ class Batcher:
             self._make_way()
         draft = self._new_draft()
         self._schedule_decodes(draft)
-        prefills = [sequence for sequence in self._running if sequence.num_scheduled == 0]
+        prefills = [one for one in self._running if one.num_scheduled == 0 and one.num_remaining > 1]
         self._schedule_prefills(draft, prefills, now_s)
         plan = self._fly(draft, now_s)
         assert plan is not None or not self._open, "open requests, and none can run"
         return plan
+
+    def schedule_beside(self) -> StepPlan | None:
+        """One more step while fewer than `num_flights` are in flight, which may run at once: nothing in it waits for
+        what they make. None where nobody is free for one, or somebody must be preempted first: commit, then ask again.
+
+        A step takes its share of the decoding sequences, so that all flights have about as many. Of a prompt the next
+        chunk may follow the one in flight.
+        """
+        if not self._flights:
+            return self.schedule()
+        assert len(self._flights) < self.num_flights, f"{len(self._flights)} plans are in flight"
+        now_s = self._clock()
+        self._expire(now_s)
+        draft = self._new_draft()
+        for flight in self._flights:
+            draft.computed_beside |= flight.computing
+        free = [sequence for sequence in self._running if _is_free(sequence)]
+        decodes = [sequence for sequence in free if sequence.num_remaining == 1][: self._share]
+        if not self._grow(decodes):
+            return None
+        draft.add_decodes(decodes)
+        self._schedule_prefills(draft, [sequence for sequence in free if sequence.num_remaining > 1], now_s)
+        return self._fly(draft, now_s)
 
     def schedule_ahead(self) -> StepPlan | None:
         """The step after the one in flight, made while that one runs, as if none of its sequences ended by it.
@@ -159,13 +185,8 @@ class Batcher:
         draft = self._new_draft()
         ready = [sequence for sequence in self._running if _may_go_ahead(sequence)]
         decodes = [sequence for sequence in ready if sequence.num_remaining == 1]
-        block_size = self._tables.pool.block_size
-        growing = [one for one in decodes if len(one.block_ids) * block_size <= one.num_dispatched]
-        if not self._tables.pool.can_allocate(len(growing)):
+        if not self._grow(decodes):
             return None
-        for sequence in growing:
-            # A new list: the runner may not have read the table yet that the plan in flight shows.
-            sequence.block_ids = sequence.block_ids + self._tables.pool.allocate(1)
         draft.add_decodes(decodes)
         self._schedule_prefills(draft, [sequence for sequence in ready if sequence.num_remaining > 1], now_s)
         return self._fly(draft, now_s)
@@ -272,13 +293,32 @@ class Batcher:
         self._flights.append(flight)
         return flight.plan
 
+    @property
+    def _share(self) -> int:
+        """How many of the decoding sequences a step takes, that all flights may have as many."""
+        if self.num_flights == 1:
+            return len(self._running)
+        num_decoding = sum(one.num_remaining == 1 and one.state is State.RUNNING for one in self._running)
+        return -(-num_decoding // self.num_flights)
+
+    def _grow(self, decodes: list[Sequence]) -> bool:
+        """Give those a block that need one for their next token; False, and nothing done, where there are too few."""
+        pool = self._tables.pool
+        growing = [one for one in decodes if len(one.block_ids) * pool.block_size <= one.num_dispatched]
+        if not pool.can_allocate(len(growing)):
+            return False
+        for sequence in growing:
+            # A new list: the runner may not have read the table yet that a plan in flight shows.
+            sequence.block_ids = sequence.block_ids + pool.allocate(1)
+        return True
+
     def _schedule_decodes(self, draft: Draft) -> None:
-        """Schedule every running sequence that has one token to run; none of the others ever lacks blocks."""
+        """Schedule the running sequences that have one token to run; none of the others ever lacks blocks."""
         pool, running = self._tables.pool, self._running
-        block_size = pool.block_size
+        block_size, share = pool.block_size, self._share
         decodes: list[Sequence] = []
         index = 0
-        while index < len(running):
+        while index < len(running) and len(decodes) < share:
             sequence = running[index]
             index += 1
             num_tokens = len(sequence.token_ids)
@@ -320,7 +360,7 @@ class Batcher:
         self._admit(prefills, num_tokens, now_s)
         for sequence, to_leave in turns(prefills, num_tokens):
             chunk_tokens = draft.room_for(sequence, to_leave)
-            if chunk_tokens and self._tables.claim(sequence, draft.computing):
+            if chunk_tokens and self._tables.claim(sequence, draft.computing, draft.computed_beside):
                 draft.add(sequence, chunk_tokens)
 
     def _admit(self, prefills: list[Sequence], num_tokens: int, now_s: float) -> None:
@@ -461,6 +501,13 @@ def _may_go_ahead(sequence: Sequence) -> bool:
         and not sequence.predicts_prompt  # which rows are left is told by the results
         and sequence.num_output_tokens + sequence.num_awaited < sequence.max_output_tokens
     )
+
+
+def _is_free(sequence: Sequence) -> bool:
+    """Whether the next step of a sequence waits for nothing that is in flight."""
+    if not sequence.num_scheduled:
+        return True
+    return sequence.state is State.RUNNING and not sequence.num_awaited and not sequence.predicts_prompt
 
 
 def _queue_of(settings: BatcherSettings) -> WaitingQueue:

@@ -12,12 +12,16 @@ __all__ = ["Draft", "Flight"]
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """A plan that was handed out, its sequences in the plan's order, and when."""
+    """A plan that was handed out, its sequences in the plan's order, and when.
+
+    `computing` are the hashes of blocks that its prefills compute.
+    """
 
     plan: StepPlan
     sequences: tuple[Sequence, ...]
     num_tokens: int
     scheduled_s: float
+    computing: set[bytes]
 
 
 class Draft:
@@ -27,6 +31,7 @@ class Draft:
         self.num_tokens = 0
         self.num_tokens_left = num_tokens
         self.computing: set[bytes] = set()  # hashes of blocks that this step's prefills have to compute
+        self.computed_beside: set[bytes] = set()  # and of those that steps in flight compute
         self._num_prompt_logits_left = num_prompt_logits
         self._decodes: list[ScheduledSequence] = []
         self._chunks: list[ScheduledSequence] = []
@@ -104,4 +109,4 @@ class Draft:
         if not sequences:
             return None
         plan = StepPlan(generation=generation, step=step, sequences=sequences)
-        return Flight(plan, (*self._decoding, *self._chunked), self.num_tokens, now_s)
+        return Flight(plan, (*self._decoding, *self._chunked), self.num_tokens, now_s, self.computing)

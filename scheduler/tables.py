@@ -66,11 +66,14 @@ class BlockTables:
         if self.prefixes is not None:
             self.prefixes.publish(sequence)
 
-    def claim(self, sequence: Sequence, computing: set[bytes]) -> bool:
-        """Add what a sequence has to compute to `computing`; False where it does better to wait for what is there."""
+    def claim(self, sequence: Sequence, computing: set[bytes], computed_beside: set[bytes]) -> bool:
+        """Add what a sequence has to compute to `computing`; False where it does better to wait for what is there, or
+        for what other steps compute."""
         if self.prefixes is None:
             return True
-        if self.prefixes.awaits(sequence, computing):
+        others = computing | computed_beside if computed_beside else computing
+        # What is in flight itself waits for nobody: the hashes may be its own.
+        if not sequence.num_scheduled and self.prefixes.awaits(sequence, others):
             return False
         computing.update(self.prefixes.remaining_hashes(sequence))
         return True

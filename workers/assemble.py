@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from workers.kernels.select import select_kernels
 from workers.memory import free_bytes
 from workers.model.build import build_decoder
 from workers.model.config import ModelConfig, read_config
+from workers.model.decoder import Decoder
+from workers.model.layer_split import split_layers
 from workers.model.other_config import NOTICE
 from workers.model.sharding import Shard, check_plan, place_experts, shard_parameters
 from workers.parallel.all_to_all import AllToAllDispatch
@@ -29,6 +31,7 @@ from workers.parallel.deep_ep import DeepEPDispatch, open_buffer
 from workers.parallel.dispatch import Dispatch, LocalDispatch, ShareDispatch
 from workers.parallel.exchange import Exchange, ProcessGroupExchange
 from workers.parallel.plan import RankPlace
+from workers.parallel.stages import OneStage, Stages
 from workers.relocation import Relocation
 from workers.runner import Model, Report, Runner
 from workers.settings import EngineSettings
@@ -51,39 +54,114 @@ def assemble(
     place: RankPlace,
     tensor: Collectives,
     *,
+    stages: Stages | None = None,
     expert: Exchange | None = None,
     progress: Progress | None = None,
 ) -> Runner:
-    """Builds the rank at `place`. All ranks of the tensor axis must call it together.
+    """Builds the rank at `place`. All ranks of its DP group must call it together.
 
-    `expert` joins the ranks over which the routed experts are spread; None where they are the tensor axis alone.
+    `stages` joins it to the other stages, where there are any. `expert` joins the ranks of its stage over which the
+    routed experts are spread; None where they are the tensor axis alone.
 
     `progress` hears of bytes read and bytes to read. Raises ValueError, before anything is loaded where that can be
     known, for settings that do not fit the model, the machine or the checkpoint.
     """
     started_s = time.monotonic()
-    folder = Path(settings.model_path)
-    config = read_config(folder)
+    config = read_config(Path(settings.model_path))
     _check_settings(settings, config)
     if not config.native:
         return _adopt(settings, config, tensor, progress, started_s)
+    stages = stages or OneStage()
+    blueprint = _plan(settings, config, place)
+    dispatch = _dispatch(blueprint.shard, settings, expert, blueprint.device)
+    built = _build(blueprint, settings, tensor, stages, dispatch, progress)
+    dtype, device = blueprint.dtype, blueprint.device
+    cache = _cache(settings, built.decoder, built.weight_bytes, tensor, stages, dtype, device)
+    report = Report(
+        architecture=config.architecture,
+        dtype=settings.dtype,
+        device=str(device),
+        kernels=blueprint.kernels.describe(settings.quantization),
+        collectives=tensor.kind,
+        dispatch="" if dispatch is None else dispatch.kind,
+        weight_bytes=built.weight_bytes,
+        cache_bytes=cache.num_blocks * cache.block_size * sum(built.decoder.cache_rows) * dtype.itemsize,
+        num_blocks=cache.num_blocks,
+        block_size=cache.block_size,
+        bytes_read=built.bytes_read,
+        load_s=time.monotonic() - started_s,
+    )
+    experts = _relocation(blueprint, settings, built.decoder) if expert is not None else None
+    runner = Runner(
+        built.decoder, cache, model_config=config, report=report, experts=experts, dtype=dtype, device=device
+    )
+    # A recorded step cannot wait for the stage before it.
+    if (
+        device.type == "cuda"
+        and stages.size == 1
+        and runner.record_decoding(
+            CudaCapture(), max_batch_size=settings.max_batch_size, max_model_len=settings.max_model_len
+        )
+    ):
+        runner.report = replace(report, kernels=f"{report.kernels}; CUDA graphs for decoding")
+    return runner
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Blueprint:
+    """What is known of a rank before anything is read."""
+
+    folder: Path
+    index: Mapping[str, TensorEntry]
+    shard: Shard
+    kernels: Kernels
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Built:
+    decoder: Decoder
+    weight_bytes: int
+    bytes_read: int
+
+
+def _plan(settings: EngineSettings, config: ModelConfig, place: RankPlace) -> _Blueprint:
+    folder = Path(settings.model_path)
     dtype, device = _DTYPES[settings.dtype], torch.device(settings.device)
-    kernels = select_kernels(device, dtype, deterministic=settings.deterministic)
     index = read_index(folder)
     log_skipped_layers(config, index)
-    shard = _shard(config, place, settings, has_fused_experts(index))
+    return _Blueprint(
+        folder=folder,
+        index=index,
+        shard=_shard(config, place, settings, has_fused_experts(index)),
+        kernels=select_kernels(device, dtype, deterministic=settings.deterministic),
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _build(
+    blueprint: _Blueprint,
+    settings: EngineSettings,
+    tensor: Collectives,
+    stages: Stages,
+    dispatch: Dispatch[Any] | None,
+    progress: Progress | None,
+) -> _Built:
+    """Reads the rank's weights into its layers."""
+    shard, dtype, device = blueprint.shard, blueprint.dtype, blueprint.device
     with WeightReader(
-        folder,
+        blueprint.folder,
         shard_parameters(shard),
         dtype,
-        index=index,
-        quantization=config.quantization,
+        index=blueprint.index,
+        quantization=shard.config.quantization,
         hold=settings.quantization,
         progress=progress,
     ) as reader:
-        weight_bytes = _weight_bytes(reader, shard, kernels, dtype)
+        weight_bytes = _weight_bytes(reader, shard, blueprint.kernels, dtype)
         _check_weights_fit(settings, weight_bytes, device)
-        dispatch = _dispatch(shard, settings, expert, device)
 
         def take(name: str) -> Weight | None:
             return move(reader.read(name), device) if name in reader else None
@@ -93,41 +171,30 @@ def assemble(
             decoder = build_decoder(
                 shard,
                 take,
-                kernels,
+                blueprint.kernels,
                 tensor,
+                stages=stages,
                 dispatch=dispatch,
                 num_positions=settings.max_model_len,
                 dtype=dtype,
                 device=device,
             )
-        bytes_read = reader.bytes_read
-        _log_speed(index, bytes_read, time.monotonic() - reading_s)
-    cache = _cache(settings, decoder, weight_bytes, tensor, dtype, device)
-    report = Report(
-        architecture=config.architecture,
-        dtype=settings.dtype,
-        device=str(device),
-        kernels=kernels.describe(settings.quantization),
-        collectives=tensor.kind,
-        dispatch="" if dispatch is None else dispatch.kind,
-        weight_bytes=weight_bytes,
-        cache_bytes=cache.num_blocks * cache.block_size * sum(decoder.cache_rows) * dtype.itemsize,
-        num_blocks=cache.num_blocks,
-        block_size=cache.block_size,
-        bytes_read=bytes_read,
-        load_s=time.monotonic() - started_s,
+        _log_speed(blueprint.index, reader.bytes_read, time.monotonic() - reading_s)
+        return _Built(decoder=decoder, weight_bytes=weight_bytes, bytes_read=reader.bytes_read)
+
+
+def _relocation(blueprint: _Blueprint, settings: EngineSettings, decoder: Decoder) -> Relocation:
+    return Relocation(
+        decoder.mixtures,
+        ExpertReader(
+            blueprint.shard,
+            blueprint.folder,
+            blueprint.index,
+            blueprint.dtype,
+            blueprint.device,
+            hold=settings.quantization,
+        ),
     )
-    experts = None
-    if expert is not None:
-        experts = Relocation(
-            decoder.mixtures, ExpertReader(shard, folder, index, dtype, device, hold=settings.quantization)
-        )
-    runner = Runner(decoder, cache, model_config=config, report=report, experts=experts, dtype=dtype, device=device)
-    if device.type == "cuda" and runner.record_decoding(
-        CudaCapture(), max_batch_size=settings.max_batch_size, max_model_len=settings.max_model_len
-    ):
-        runner.report = replace(report, kernels=f"{report.kernels}; CUDA graphs for decoding")
-    return runner
 
 
 def _adopt(
@@ -150,7 +217,7 @@ def _adopt(
     adopted = load_adopted(folder, config, tensor, max_model_len=settings.max_model_len, dtype=dtype, device=device)
     if progress is not None:
         progress(total, total)
-    cache = _cache(settings, adopted.model, adopted.weight_bytes, tensor, dtype, device)
+    cache = _cache(settings, adopted.model, adopted.weight_bytes, tensor, OneStage(), dtype, device)
     report = Report(
         architecture=config.architecture,
         dtype=settings.dtype,
@@ -216,8 +283,10 @@ def _check_adopted(settings: EngineSettings, config: ModelConfig) -> None:
 
 def _shard(config: ModelConfig, place: RankPlace, settings: EngineSettings, fused_experts: bool) -> Shard:
     """The rank's part of the model."""
-    held = () if config.moe is None else place_experts(config.moe.gate.num_experts, settings.plan).slots[place.rank]
-    return Shard(config, place.tensor_index, settings.plan.tensor, held, fused_experts)
+    plan = settings.plan
+    held = () if config.moe is None else place_experts(config.moe.gate.num_experts, plan).slots[place.expert_index]
+    layers = split_layers(config, plan.pipeline)[place.stage]
+    return Shard(config, place.tensor_index, plan.tensor, held, fused_experts, layers)
 
 
 def _dispatch(
@@ -246,7 +315,7 @@ def _can_use_deep_ep(settings: EngineSettings, expert: Exchange) -> bool:
 def _weight_bytes(reader: WeightReader, shard: Shard, kernels: Kernels, dtype: torch.dtype) -> int:
     """What the rank's parameters take once built."""
     size_bytes = reader.held_bytes
-    if kernels.packs_weights:
+    if kernels.packs_weights and shard.is_last:
         # the head is kept in both layouts: rows are looked up in one of them
         size_bytes += shard.vocab_rows * shard.config.hidden_size * dtype.itemsize
     return size_bytes
@@ -265,16 +334,18 @@ def _check_weights_fit(settings: EngineSettings, weight_bytes: int, device: torc
 
 def _cache(
     settings: EngineSettings,
-    decoder: Model,
+    model: Model,
     weight_bytes: int,
     tensor: Collectives,
+    stages: Stages,
     dtype: torch.dtype,
     device: torch.device,
 ) -> KVCache:
+    """With as many blocks as the poorest rank of the DP group can hold: all have the same ones."""
     limit_bytes, limit_name = _cache_limit(settings, weight_bytes, device)
     num_blocks = size_cache(
         CacheSize(
-            bytes_per_token=sum(decoder.cache_rows) * dtype.itemsize,
+            bytes_per_token=sum(model.cache_rows) * dtype.itemsize,
             block_size=settings.block_size,
             max_model_len=settings.max_model_len,
             max_batch_size=settings.max_batch_size,
@@ -282,7 +353,8 @@ def _cache(
             limit_name=limit_name,
         )
     )
-    return KVCache(decoder.cache_rows, tensor.minimum(num_blocks), settings.block_size, dtype=dtype, device=device)
+    agreed = stages.minimum(tensor.minimum(num_blocks))
+    return KVCache(model.cache_rows, agreed, settings.block_size, dtype=dtype, device=device)
 
 
 def _cache_limit(settings: EngineSettings, weight_bytes: int, device: torch.device) -> tuple[int, str]:

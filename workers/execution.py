@@ -119,10 +119,13 @@ class Follower:
         *,
         rank: int,
         experts: Relocation | None = None,
+        answer: Callable[[session_pb2.StepPlan, torch.Tensor], None] | None = None,
         on_end: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`on_end` hears why it no longer follows."""
+        """`answer` is handed each step's plan and logits, at a rank that has them. `on_end` hears why it no longer
+        follows."""
         self._runner = runner
+        self._answer = answer
         self._on_end = on_end
         self._experts = experts
         self._receiver = receiver
@@ -179,7 +182,10 @@ class Follower:
             self._runner.keep_step()
             return
         start_ns = time.time_ns() if message.traceparent else 0
-        self._runner.forward(StepInputs.from_proto(message))
+        logits = self._runner.forward(StepInputs.from_proto(message))
+        if self._answer is not None:
+            assert logits is not None, "no logits at the rank that samples"
+            self._answer(message, logits)
         if message.traceparent:
             record_step(
                 message.traceparent,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from workers.parallel.channel import PlanListener, PlanReceiver, PlanSender, connect
 from workers.parallel.groups import Groups
 from workers.parallel.liveness import quicken, quicken_all
+from workers.parallel.results import ResultReceiver, ResultSender
 from workers.report import RankAddress
 from workers.settings import EngineSettings
 from workers.watch import PeerWatch
@@ -21,13 +22,16 @@ class Membership:
     """Exactly one of `sender` and `receiver` is set in a group of several ranks.
 
     `companions` are connections to the first ranks of the generation's other groups, by rank, at a first rank whose
-    groups take their steps together.
+    groups take their steps together. `results` and `answers` are the ends of a pipeline's way back, at the first rank
+    and at the one that samples.
     """
 
     groups: Groups
     sender: PlanSender | None = None
     receiver: PlanReceiver | None = None
     companions: Mapping[int, socket.socket] = field(default_factory=dict)
+    results: ResultReceiver | None = None
+    answers: ResultSender | None = None
 
     @classmethod
     def join(
@@ -58,30 +62,36 @@ class Membership:
             timeout_s=timeout_s,
         )
 
-        def reach(other: int) -> socket.socket:
+        def reach(other: int, name: int = rank) -> socket.socket:
             address = by_rank[other]
             return connect(
                 address.host,
                 address.plan_port,
-                rank=rank,
+                rank=name,
                 generation=generation,
                 secret=secret,
                 timeout_s=timeout_s,
             )
 
         plan = settings.plan
-        first = plan.place(rank).dp_group * plan.group_size
+        group = plan.group(plan.place(rank).dp_group)
+        first, sampling = group.start, plan.sampling_rank(plan.place(rank).dp_group)
+        way_back = plan.num_ranks + sampling  # a name that no rank has
         connections: dict[int, socket.socket] = {}
         try:
             if rank != first:
-                return cls(groups, receiver=PlanReceiver(generation, reach(first)))
-            followers = set(range(first + 1, first + plan.group_size))
+                receiver = PlanReceiver(generation, reach(first))
+                samples = rank == sampling
+                return cls(groups, receiver=receiver, answers=ResultSender(reach(first, way_back)) if samples else None)
+            followers = set(group[1:])
             firsts = {other for other in by_rank if plan.place(other).first_in_group} if spread_experts else {first}
             # Each first rank connects to those before it and then waits for those behind it: none waits in a circle.
             for other in sorted(firsts):
                 if other < first:
                     connections[other] = reach(other)
             later = followers | {other for other in firsts if other > first}
+            if sampling != first:
+                later.add(way_back)
             if later:
                 assert listener is not None
                 connections |= listener.accept(later, generation=generation, secret=secret, timeout_s=timeout_s)
@@ -92,7 +102,13 @@ class Membership:
             raise
         _quicken(settings, by_rank, rank, connections.values())
         found = {other: connections.pop(other) for other in followers}
-        return cls(groups, sender=PlanSender(generation, found) if found else None, companions=connections)
+        back = connections.pop(way_back, None)
+        return cls(
+            groups,
+            sender=PlanSender(generation, found) if found else None,
+            companions=connections,
+            results=None if back is None else ResultReceiver(generation, back),
+        )
 
     def watch(self, settings: EngineSettings, on_gone: Callable[[str], None]) -> PeerWatch:
         """A watch over the other ranks of the group, not yet started."""
@@ -114,6 +130,10 @@ class Membership:
             self.sender.close()
         if self.receiver is not None:
             self.receiver.close()
+        if self.results is not None:
+            self.results.close()
+        if self.answers is not None:
+            self.answers.close()
         self.groups.close()
 
     def _gone(self, timeout_s: float) -> str | None:

@@ -41,6 +41,8 @@ from workers.parallel.channel import PlanListener
 from workers.parallel.collectives import CurrentCollectives
 from workers.parallel.pulse import Pulse
 from workers.parallel.vacant import AwaitedExchange
+from workers.pipeline import FirstStage, LastStage, StageRanks
+from workers.pipelined_loop import PipelinedLoop
 from workers.records import Records
 from workers.relocation import Relocation
 from workers.report import ExpertLoads, Holdings, LoadReport, Outdated, RankAddress, RankState, RankStatus
@@ -73,6 +75,8 @@ _STOP_TIMEOUT_S = 5.0
 # Python hands the interpreter from thread to thread this often: the step loop must not wait 5 ms, the default, for
 # the session server after every operation that releases it.
 _SWITCH_INTERVAL_S = 0.0005
+_NO_TOKENIZER = "the model has no tokenizer.json"
+_NO_GRAMMARS = "the model is served with parallel.pipeline above 1, whose last stage knows no grammars"
 
 
 def _leave() -> None:
@@ -100,6 +104,7 @@ class Rank:
         self._state = RankState.NEW
         self._host = ""
         self._spread_experts = False
+        self._regroups = False  # whether a generation may end, and the group go on in the next one
         self._generation = 0
         self._newest = 0  # the highest generation that a leader has named, in force or not
         self._changing = threading.Lock()  # held by whoever leaves or joins a generation
@@ -110,7 +115,7 @@ class Rank:
         self._listener: PlanListener | None = None
         self._membership: Membership | None = None
         self._runner: Runner | None = None
-        self._execution: FirstRank | None = None
+        self._execution: FirstRank | FirstStage | None = None
         self._loop: StepLoop | None = None
         self._follower: Follower | None = None
         self._session: SessionServer | None = None
@@ -132,6 +137,7 @@ class Rank:
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._host = host
         self._spread_experts = spreads_experts(self.settings)
+        self._regroups = self._spread_experts and self.settings.plan.pipeline == 1
         if self.place.first_in_group and (self.settings.plan.group_size > 1 or self._spread_experts):
             self._listener = PlanListener(host)
         self._state = RankState.OPEN
@@ -182,12 +188,13 @@ class Rank:
         groups = self._membership.groups
         expert = groups.expert
         if expert is None and self._spread_experts:
-            expert = AwaitedExchange(self.rank, self.settings.plan.expert)
+            expert = AwaitedExchange(self.place.expert_index, self.settings.plan.expert)
         tensor = groups.tensor
-        if self._spread_experts:
+        if self._regroups:
             tensor = self._tensor = CurrentCollectives(tensor)
         self._runner = in_passing_thread(
-            lambda: assemble(self.settings, self.place, tensor, expert=expert, progress=note), "load"
+            lambda: assemble(self.settings, self.place, tensor, stages=groups.stages, expert=expert, progress=note),
+            "load",
         )
         self._state = RankState.LOADED
         report = self._runner.report
@@ -242,7 +249,7 @@ class Rank:
             # Front doors hear of it before any of them can have been told to refuse what is older.
             self._session.renumber(generation)
         with self._changing:
-            if not self._spread_experts:
+            if not self._regroups:
                 return Holdings()  # groups that share no steps are not concerned
             self._note_trouble(f"generation {generation} follows")
             self._leave(timeout_s)
@@ -267,7 +274,7 @@ class Rank:
         with self._changing:
             if generation != self._newest:
                 raise Outdated(f"generation {generation} is over: rank {self.rank} has heard of {self._newest}")
-            if not self._spread_experts:
+            if not self._regroups:
                 self._generation = generation
                 return 0
             assert self._experts is not None, "regroup before load"
@@ -283,11 +290,11 @@ class Rank:
     def _go_on(self, membership: Membership, runner: Runner) -> str | None:
         """Steps of the generation that was joined since; the one that was interrupted is run again."""
         generation = self._generation
-        if self._spread_experts:
+        if self._regroups:
             self._troubled.clear()
             self._trouble = ""
             if self._loop is not None:
-                assert self._execution is not None
+                assert isinstance(self._execution, FirstRank)
                 pulse = self._join_pulse(membership)
                 self._execution.regrouped(membership.sender, pulse)
                 if pulse is not None:
@@ -345,7 +352,7 @@ class Rank:
         settings = self.settings
         report = self._runner.report if self._runner is not None else None
         reason = self._reason()
-        kind = self._membership.groups.tensor.kind if self._membership is not None else ""
+        kind = self._membership.groups.kind if self._membership is not None else ""
         experts = self._experts.loads() if self._experts is not None else None
         return RankStatus(
             rank=self.rank,
@@ -496,31 +503,13 @@ class Rank:
         if settings.record_routing is not None:
             self.record_routing(settings.record_routing)
         pulse = self._join_pulse(membership)
-        self._execution = FirstRank(runner, membership.sender, pulse, runner.experts)
-        if settings.record_steps is not None:
-            name = f"{settings.engine}-group-{self.place.dp_group}"
-            self._step_log = StepLog(Path(settings.record_steps), name)
-        batcher = Batcher(
-            batcher_settings,
-            clock=time.monotonic,
-            generation=self._generation,
-            # Nobody without the secret can tell which prompt a block's hash stands for.
-            prefix_key=hashlib.blake2b(self._secret, digest_size=32, person=b"prefix").digest(),
-        )
-        self._loop = StepLoop(
-            batcher,
-            self._execution.run,
-            rank=self.rank,
-            clock=time.monotonic,
-            company=self._execution,
-            on_broken=self._broke,
-            on_interrupted=self._interrupted if self._spread_experts else None,
-            overlap=settings.overlap,
-            on_step=None if self._step_log is None else self._step_log.record,
-        )
+        self._loop = self._make_loop(membership, runner, pulse, batcher_settings)
+        if membership.results is not None:
+            membership.results.start(self._wake, self._peer_gone)
         if pulse is not None:
             pulse.start()
-        self._grammars = GrammarCompiler.from_folder(settings.model_path, runner.model_config.vocab_size)
+        if settings.plan.pipeline == 1:  # tokens are sampled here
+            self._grammars = GrammarCompiler.from_folder(settings.model_path, runner.model_config.vocab_size)
         self._session = SessionServer(
             self._loop,
             host=self._host,
@@ -530,11 +519,62 @@ class Rank:
             vocab_size=runner.model_config.vocab_size,
             records=self._records,
             grammars=self._grammars,
+            no_grammars=_NO_TOKENIZER if settings.plan.pipeline == 1 else _NO_GRAMMARS,
         )
         host = f"[{self._host}]" if ":" in self._host else self._host
         self._session_address = f"{host}:{self._session.start()}"
         self._loop.start()
         return self._session_address
+
+    def _make_loop(
+        self, membership: Membership, runner: Runner, pulse: Pulse | None, settings: BatcherSettings
+    ) -> StepLoop:
+        """For a pipeline one with several steps under way."""
+        plan = self.settings.plan
+        if self.settings.record_steps is not None:
+            name = f"{self.settings.engine}-group-{self.place.dp_group}"
+            self._step_log = StepLog(Path(self.settings.record_steps), name)
+        on_step = None if self._step_log is None else self._step_log.record
+        batcher = Batcher(
+            settings,
+            clock=time.monotonic,
+            generation=self._generation,
+            # Nobody without the secret can tell which prompt a block's hash stands for.
+            prefix_key=hashlib.blake2b(self._secret, digest_size=32, person=b"prefix").digest(),
+            num_flights=plan.pipeline,
+        )
+        if plan.pipeline == 1:
+            self._execution = FirstRank(runner, membership.sender, pulse, runner.experts)
+            return StepLoop(
+                batcher,
+                self._execution.run,
+                rank=self.rank,
+                clock=time.monotonic,
+                company=self._execution,
+                on_broken=self._broke,
+                on_interrupted=self._interrupted if self._regroups else None,
+                overlap=self.settings.overlap,
+                on_step=on_step,
+            )
+        assert membership.sender is not None
+        assert membership.results is not None
+        self._execution = FirstStage(
+            runner,
+            membership.sender,
+            membership.results,
+            StageRanks.of(plan, self.place.dp_group),
+            step_timeout_s=self.settings.step_timeout_s,
+            pulse=pulse,
+            experts=runner.experts,
+        )
+        return PipelinedLoop(
+            batcher,
+            self._execution,
+            rank=self.rank,
+            clock=time.monotonic,
+            on_broken=self._broke,
+            on_step=on_step,
+        )
 
     @property
     def _experts(self) -> Relocation | None:
@@ -574,7 +614,12 @@ class Rank:
     def _follow(self, membership: Membership, runner: Runner) -> None:
         assert membership.receiver is not None
         self._follower = Follower(
-            runner, membership.receiver, rank=self.rank, experts=runner.experts, on_end=self._note_trouble
+            runner,
+            membership.receiver,
+            rank=self.rank,
+            experts=runner.experts,
+            answer=LastStage(membership.answers) if membership.answers is not None else None,
+            on_end=self._note_trouble,
         )
         self._follower.start()
 
@@ -583,7 +628,7 @@ class Rank:
         follower's own thread sees that its channel has ended."""
         if self._loop is None:
             return
-        if self._spread_experts:
+        if self._regroups:
             self._loop.interrupt(reason)
         else:
             self._loop.fail(reason)
@@ -593,7 +638,7 @@ class Rank:
         reason = None
         if self._loop is not None:
             reason = self._loop.reason
-        elif self._follower is not None and not self._spread_experts:
+        elif self._follower is not None and not self._regroups:
             reason = self._follower.reason
         return None if reason == STOPPED else reason
 

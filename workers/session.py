@@ -78,7 +78,8 @@ class _Stream:
 class SessionServer(session_pb2_grpc.DPGroupServicer):
     """Serves `loop` at a free port of `host`. `info` and `generation` go to every front door; `records` outlive it.
 
-    `grammars` compiles what guided sequences must match, beside the loop; None where the model has no tokenizer.json.
+    `grammars` compiles what guided sequences must match, beside the loop; None where none can, and
+    `no_grammars` says why.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class SessionServer(session_pb2_grpc.DPGroupServicer):
         vocab_size: int,
         records: Records,
         grammars: GrammarCompiler | None = None,
+        no_grammars: str = "",
     ) -> None:
         self._steps = loop
         self._records = records
@@ -101,6 +103,7 @@ class SessionServer(session_pb2_grpc.DPGroupServicer):
         self._info = info
         self._vocab_size = vocab_size
         self._grammars = grammars
+        self._no_grammars = no_grammars
         self._compiling: dict[str, asyncio.Task[None]] = {}  # by key: sequences that wait for their grammar
         self._streams: dict[int, _Stream] = {}
         self._numbers = itertools.count(1)
@@ -343,7 +346,7 @@ class SessionServer(session_pb2_grpc.DPGroupServicer):
         assert sampling.grammar is not None
         try:
             if self._grammars is None:
-                raise GrammarError("cannot be used: the model has no tokenizer.json")
+                raise GrammarError(f"cannot be used: {self._no_grammars}")
             compiled = await self._grammars.compile(sampling.grammar, request.eos_token_ids)
         except GrammarError as error:
             self._end_early(Event(request.key, position, finish=FinishReason.INVALID, error=f"guided {error}"))

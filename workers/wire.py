@@ -9,7 +9,17 @@ from scheduler.batcher import BatcherLoad
 from scheduler.plan import Event, FinishReason, TokenLogprobs
 from scheduler.request import Grammar, GrammarKind, Request, SamplingParams
 
-__all__ = ["grammar_from_proto", "grammar_to_proto", "load_to_proto", "output_from_event", "request_from_submit"]
+__all__ = [
+    "grammar_from_proto",
+    "grammar_to_proto",
+    "load_to_proto",
+    "logprobs_from_proto",
+    "logprobs_to_proto",
+    "output_from_event",
+    "request_from_submit",
+    "sampling_from_proto",
+    "sampling_to_proto",
+]
 
 _FINISH = {
     FinishReason.STOP: session_pb2.FINISH_STOP,
@@ -45,6 +55,11 @@ def request_from_submit(submit: session_pb2.Submit, *, key: str, now_s: float, v
 def _sampling(message: inference_pb2.SamplingParams, vocab_size: int) -> SamplingParams:
     if message.logit_bias and max(message.logit_bias) >= vocab_size:
         raise ValueError(f"logit_bias must name tokens below {vocab_size}, not {max(message.logit_bias)}")
+    return sampling_from_proto(message)
+
+
+def sampling_from_proto(message: inference_pb2.SamplingParams) -> SamplingParams:
+    """Raises ValueError naming the field."""
     return SamplingParams(
         temperature=message.temperature,
         top_p=message.top_p,
@@ -93,14 +108,35 @@ def grammar_to_proto(grammar: Grammar) -> inference_pb2.GuidedDecoding:
     return message
 
 
+def sampling_to_proto(sampling: SamplingParams) -> inference_pb2.SamplingParams:
+    """What `sampling_from_proto` reads back, but for the grammar, which stays with the first rank."""
+    return inference_pb2.SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=sampling.logit_bias,
+        seed=sampling.seed,
+        stop_token_ids=sampling.stop_token_ids,
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
+    )
+
+
 def output_from_event(event: Event, sequence_id: int) -> session_pb2.SequenceOutput:
     output = session_pb2.SequenceOutput(sequence_id=sequence_id, position=event.position)
     if event.token_id is not None:
         output.token_ids.append(event.token_id)
     if event.logprobs is not None:
-        output.logprobs.append(_logprobs(event.logprobs))
+        output.logprobs.append(logprobs_to_proto(event.logprobs))
     if event.prompt_logprobs:
-        output.prompt_logprobs.extend(map(_logprobs, event.prompt_logprobs))
+        output.prompt_logprobs.extend(map(logprobs_to_proto, event.prompt_logprobs))
     if event.finish is not None:
         output.finish = _FINISH[event.finish]
         output.error = event.error
@@ -115,7 +151,7 @@ def output_from_event(event: Event, sequence_id: int) -> session_pb2.SequenceOut
     return output
 
 
-def _logprobs(entry: TokenLogprobs) -> session_pb2.Logprobs:
+def logprobs_to_proto(entry: TokenLogprobs) -> session_pb2.Logprobs:
     return session_pb2.Logprobs(
         token_id=entry.token_id,
         logprob=entry.logprob,
@@ -123,6 +159,11 @@ def _logprobs(entry: TokenLogprobs) -> session_pb2.Logprobs:
         top_token_ids=[token_id for token_id, _ in entry.top],
         top_logprobs=[logprob for _, logprob in entry.top],
     )
+
+
+def logprobs_from_proto(message: session_pb2.Logprobs) -> TokenLogprobs:
+    top = tuple(zip(message.top_token_ids, message.top_logprobs, strict=True))
+    return TokenLogprobs(message.token_id, message.logprob, message.rank, top)
 
 
 def load_to_proto(load: BatcherLoad) -> session_pb2.Load:

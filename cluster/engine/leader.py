@@ -140,12 +140,17 @@ class Leader:
             await self._first_probe(adopted=bool(how))
         log.info("%s is ready (generation %d%s)", self._settings.engine, self.generation, how)
 
+    @property
+    def _regroups(self) -> bool:
+        """Whether groups go on without those that are lost. A pipeline's steps under way cannot be run again."""
+        return self._settings.plan.data > 1 and self._settings.plan.pipeline == 1
+
     async def _first_probe(self, *, adopted: bool) -> None:
         try:
             await self._probe()
             self._statuses = await self._ask_statuses()
         except (RankLost, RankRefused) as error:
-            if not adopted or self._settings.plan.data == 1:
+            if not adopted or not self._regroups:
                 raise
             await self._regroup(str(error), self._members)
             return
@@ -171,7 +176,7 @@ class Leader:
         as_it_is = len({status.generation for status in fit.values()}) == 1 and not any(
             fit[number].state is RankState.INTERRUPTED for number in whole.ranks
         )
-        if not whole.ranks or not (as_it_is or self._settings.plan.data > 1):
+        if not whole.ranks or not (as_it_is or self._regroups):
             log.info("%s: ranks of an earlier leader are not taken over: %s", self._settings.engine, silent or fit)
             await self._ranks.clear()
             return False
@@ -250,7 +255,7 @@ class Leader:
                 joining = await self._keep()
                 cause = "ranks " + ", ".join(map(str, joining.ranks)) + " are back"
             except (RankLost, RankRefused) as error:
-                if self._settings.plan.data == 1:
+                if not self._regroups:
                     raise
                 joining, cause = Members(plan=self._settings.plan), str(error)
             await self._regroup(cause, self._members.joined(joining))
@@ -266,7 +271,7 @@ class Leader:
         tasks |= {asyncio.create_task(_troubled(rank, number, generation)) for number, rank in ranks.items()}
         tasks.add(asyncio.create_task(self._every(self._pace.renew_every_s, self._renew)))
         tasks.add(asyncio.create_task(self._every(self._pace.probe_every_s, self._probe)))
-        if self._settings.plan.data > 1:
+        if self._regroups:
             tasks.add(asyncio.create_task(self._every(self._pace.look_every_s, self._look_at_experts)))
             if balance := self._settings.expert_balance:
                 tasks.add(asyncio.create_task(self._every(balance.interval_s, self._balance_experts)))

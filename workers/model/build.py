@@ -16,6 +16,7 @@ from workers.model.attention import GroupedQueryAttention, QKNorm
 from workers.model.build_mla import build_latent_attention
 from workers.model.build_moe import build_moe
 from workers.model.decoder import Attention, Decoder, DecoderLayer
+from workers.model.ends import Entrance, FromStage, LookUp, ToLogits, ToStage
 from workers.model.head import head
 from workers.model.mlp import GatedMLP
 from workers.model.parallel_linear import embedding
@@ -24,6 +25,7 @@ from workers.model.rope import rotary_table
 from workers.model.sharding import Shard
 from workers.parallel.collectives import Collectives
 from workers.parallel.dispatch import Dispatch
+from workers.parallel.stages import OneStage, Stages
 
 __all__ = ["build_decoder"]
 
@@ -34,6 +36,7 @@ def build_decoder(
     kernels: Kernels,
     tensor: Collectives,
     *,
+    stages: Stages | None = None,
     dispatch: Dispatch[Any] | None,
     num_positions: int,
     dtype: torch.dtype,
@@ -41,16 +44,27 @@ def build_decoder(
 ) -> Decoder:
     """The model for positions up to `num_positions`; `dispatch` reaches its routed experts, where it has any."""
     config, parts = shard.config, Parts(shard, take, kernels, tensor)
-    table = parts.need("embedding")
-    layers = [DecoderLayer(_attention(parts, n), _mlp(parts, n, dispatch)) for n in range(config.num_layers)]
-    norm = parts.norm("norm")
-    output = table if config.tie_word_embeddings else parts.need("head")
+    stages = stages or OneStage()
+    table = parts.need("embedding") if shard.is_first else None
+    entrance: Entrance = FromStage(stages, config.hidden_size, dtype, device)
+    if table is not None:
+        entrance = LookUp(embedding(table, shard.vocab[0], tensor))
+    layers = {number: DecoderLayer(_attention(parts, number), _mlp(parts, number, dispatch)) for number in shard.layers}
     return Decoder(
-        embedding=embedding(table, shard.vocab[0], tensor),
+        entrance=entrance,
         layers=layers,
-        norm=norm,
-        head=head(kernels, kernels.linear(output, None), output, config.vocab_size, tensor),
+        exit_=_to_logits(parts, table) if shard.is_last else ToStage(stages),
         rotary=rotary_table(config.rope, config.head_dim, num_positions, dtype=dtype, device=device),
+    )
+
+
+def _to_logits(parts: Parts, table: torch.Tensor | None) -> ToLogits:
+    """`table` is the embedding, where this stage has it."""
+    config = parts.shard.config
+    norm = parts.norm("norm")
+    output = table if config.tie_word_embeddings and table is not None else parts.need("head")
+    return ToLogits(
+        norm, head(parts.kernels, parts.kernels.linear(output, None), output, config.vocab_size, parts.tensor)
     )
 
 

@@ -1,17 +1,15 @@
-"""The decoder: embedding, layers of attention and MLP, final norm, output head."""
+"""The decoder: what comes in, layers of attention and MLP, what goes out (`ends.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 
 from workers.cache import KVCache, LayerCache
-from workers.kernels.seam import Norm
-from workers.model.head import Head
+from workers.model.ends import Entrance, Exit
 from workers.model.moe import MoE, RoutingRecorder
-from workers.model.parallel_linear import Embedding
 from workers.model.rope import RotaryTable
 from workers.step import StepTensors
 
@@ -47,17 +45,17 @@ class DecoderLayer:
 
 
 class Decoder:
-    """A whole model, or one tensor rank's part of it. `mixtures` are its layers with routed experts, by number."""
+    """A whole model, or one rank's part of it. `mixtures` are its layers with routed experts, by number."""
 
     def __init__(
-        self, *, embedding: Embedding, layers: Sequence[DecoderLayer], norm: Norm, head: Head, rotary: RotaryTable
+        self, *, entrance: Entrance, layers: Mapping[int, DecoderLayer], exit_: Exit, rotary: RotaryTable
     ) -> None:
-        self._embedding = embedding
-        self._layers = tuple(layers)
-        self._norm = norm
-        self._head = head
+        """`layers` are by number, in order."""
+        self._entrance = entrance
+        self._layers = tuple(layers.values())
+        self._exit = exit_
         self._rotary = rotary
-        self.mixtures = {number: layer.mlp for number, layer in enumerate(layers) if isinstance(layer.mlp, MoE)}
+        self.mixtures = {number: layer.mlp for number, layer in layers.items() if isinstance(layer.mlp, MoE)}
 
     @property
     def cache_rows(self) -> list[int]:
@@ -77,16 +75,14 @@ class Decoder:
     def forward(self, step: StepTensors, cache: KVCache) -> torch.Tensor | None:
         """Runs a step and fills the cache's slots.
 
-        Returns logits [rows that need them, vocabulary] at index 0 of the tensor axis and None at the others, or
-        logits of no rows where none need them.
+        Returns logits [rows that need them, vocabulary] at index 0 of the last stage's tensor axis and None at the
+        others, or logits of no rows where none need them.
         """
-        x = self._embedding(step.token_ids)
+        x = self._entrance(step)
         rotation = self._rotary.rows(step.positions)
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
             x = layer.mlp(layer.attention(x, rotation, step, layer_cache))
-        if step.logit_rows is not None:
-            x = x.index_select(0, step.logit_rows)
-        return self._head(self._norm(x))
+        return self._exit(x, step)
 
     def keep_step(self, nothing: torch.Tensor) -> None:
         """Serves the experts that live here while other ranks have tokens and this one has none."""

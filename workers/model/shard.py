@@ -1,4 +1,4 @@
-"""The local sizes of one rank of the tensor axis."""
+"""The local sizes of one rank: its stage's layers, and its part of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class Shard:
     """Which part of the model a rank holds.
 
     `experts` are the routed experts of its slots, the same in every layer; `fused_experts` says that the checkpoint
-    keeps a layer's experts in two tensors rather than three for each.
+    keeps a layer's experts in two tensors rather than three for each. `layers` are those of its pipeline stage: all
+    unless others are named.
     """
 
     config: ModelConfig
@@ -22,6 +23,21 @@ class Shard:
     size: int
     experts: tuple[int, ...] = ()
     fused_experts: bool = False
+    layers: range = range(0)
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            object.__setattr__(self, "layers", range(self.config.num_layers))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is of the stage that looks tokens up."""
+        return self.layers.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it is of the stage that makes logits."""
+        return self.layers.stop == self.config.num_layers
 
     @property
     def num_heads(self) -> int:

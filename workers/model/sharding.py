@@ -2,7 +2,8 @@
 
 Attention is cut by heads and the MLP by its inner width, so each block needs one all-reduce of its output. Embedding
 and output head are cut by vocabulary: a rank reads its rows only, and tied weights share them. Looking up an embedding
-is then exact (every rank but one adds zeros), and the head's logits are gathered to one rank.
+is then exact (every rank but one adds zeros), and the head's logits are gathered to one rank. Which layers a pipeline
+stage has is said in `layer_split.py`.
 
 These files know shapes and names and nothing of tensors; `mla_sharding.py` and `moe_sharding.py` say the same of latent
 attention and of experts.
@@ -15,11 +16,24 @@ from collections.abc import Iterator
 from workers.model.config import ModelConfig
 from workers.model.mla_sharding import mla_parameters
 from workers.model.moe_sharding import moe_parameters, place_experts
+from workers.model.other_config import NOTICE
 from workers.model.parameters import Parameter, Piece, columns, stack, vector
 from workers.model.shard import Shard
 from workers.parallel.plan import ParallelPlan
 
-__all__ = ["Parameter", "Piece", "Shard", "check_plan", "place_experts", "shard_parameters", "tensor_sizes"]
+__all__ = [
+    "Parameter",
+    "Piece",
+    "Shard",
+    "check_plan",
+    "end_parameters",
+    "layer_parameters",
+    "place_experts",
+    "shard_parameters",
+    "tensor_sizes",
+]
+
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 def tensor_sizes(config: ModelConfig) -> tuple[int, ...]:
@@ -33,8 +47,13 @@ def tensor_sizes(config: ModelConfig) -> tuple[int, ...]:
 
 def check_plan(config: ModelConfig, plan: ParallelPlan) -> None:
     """Raises ValueError, naming the axis and the sizes that would work, where `plan` cannot cut this model."""
-    if plan.pipeline != 1:
-        raise ValueError(f"parallel.pipeline must be 1 for {config.model_type} models, not {plan.pipeline}")
+    if plan.pipeline > 1 and not config.native:
+        raise ValueError(f"parallel.pipeline must be 1 for a {config.model_type} model, which {NOTICE}")
+    if plan.pipeline > config.num_layers:
+        raise ValueError(
+            f"parallel.pipeline {plan.pipeline} exceeds the model's {config.num_layers} layers; "
+            f"{config.num_layers} or less would work"
+        )
     if config.moe is not None:
         place_experts(config.moe.gate.num_experts, plan)
     elif plan.redundant_experts:
@@ -55,17 +74,32 @@ def shard_parameters(shard: Shard) -> dict[str, Parameter]:
     return {parameter.name: parameter for parameter in _parameters(shard)}
 
 
-def _parameters(shard: Shard) -> Iterator[Parameter]:
+def layer_parameters(shard: Shard, layer: int) -> Iterator[Parameter]:
+    """Those of one layer, whether or not it is of the shard's stage."""
     config = shard.config
-    yield _vocab(shard, "embedding", "model.embed_tokens.weight")
-    for layer in range(config.num_layers):
-        attention = _attention if config.mla is None else mla_parameters
-        mlp = moe_parameters if config.moe is not None and config.moe.has_experts(layer) else _mlp
-        yield from attention(shard, f"layers.{layer}", f"model.layers.{layer}")
-        yield from mlp(shard, f"layers.{layer}", f"model.layers.{layer}")
+    attention = _attention if config.mla is None else mla_parameters
+    mlp = moe_parameters if config.moe is not None and config.moe.has_experts(layer) else _mlp
+    yield from attention(shard, f"layers.{layer}", f"model.layers.{layer}")
+    yield from mlp(shard, f"layers.{layer}", f"model.layers.{layer}")
+
+
+def end_parameters(shard: Shard) -> Iterator[Parameter]:
+    """Those behind the last layer. Tied weights are the embedding's, where that is of the same stage."""
+    config = shard.config
     yield vector("norm", "model.norm.weight", config.hidden_size)
     if not config.tie_word_embeddings:
         yield _vocab(shard, "head", "lm_head.weight")
+    elif not shard.is_first:
+        yield _vocab(shard, "head", _EMBEDDING)
+
+
+def _parameters(shard: Shard) -> Iterator[Parameter]:
+    if shard.is_first:
+        yield _vocab(shard, "embedding", _EMBEDDING)
+    for layer in shard.layers:
+        yield from layer_parameters(shard, layer)
+    if shard.is_last:
+        yield from end_parameters(shard)
 
 
 def _attention(shard: Shard, ours: str, theirs: str) -> Iterator[Parameter]:

@@ -5,7 +5,8 @@ secret before anything else is read: each answers the other's random challenge w
 challenges, its own role, the generation and the rank, so an answer serves no other connection, and a rank of an
 old generation is refused. What follows is not authenticated message by message.
 
-The same listener and handshake connect the first ranks of an engine's DP groups (`pulse.py`).
+The same listener and handshake connect the first ranks of an engine's DP groups (`pulse.py`), and the rank of a
+pipeline that samples with the first one, for the way back (`results.py`).
 
 A follower sends nothing after the handshake. A connection that can be read at the first rank, or that hangs up at
 a follower, therefore means that the other process has gone; `hung_up` waits for exactly that.
@@ -20,11 +21,19 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from protos.shoal.v1 import session_pb2
 
-__all__ = ["ChannelRefused", "PlanListener", "PlanReceiver", "PlanSender", "connect"]
+__all__ = [
+    "ChannelRefused",
+    "PlanListener",
+    "PlanReceiver",
+    "PlanSender",
+    "connect",
+    "read_message",
+    "write_message",
+]
 
 _MAGIC = b"shoal-plan-1"
 _HELLO = struct.Struct(f"!{len(_MAGIC)}sQI32s")  # magic, generation, rank, the follower's challenge
@@ -54,6 +63,21 @@ def _read(connection: socket.socket, size: int) -> bytes:
             raise ConnectionError("the other end of the plan channel has gone")
         view = view[count:]
     return bytes(data)
+
+
+def write_message(connection: socket.socket, payload: bytes) -> None:
+    """Raises OSError where the other end has gone."""
+    if len(payload) > _MAX_MESSAGE_BYTES:
+        raise ValueError(f"a message of {len(payload)} bytes exceeds the channel's {_MAX_MESSAGE_BYTES}")
+    connection.sendall(_LENGTH.pack(len(payload)) + payload)
+
+
+def read_message(connection: socket.socket) -> bytes:
+    """Blocks for what `write_message` wrote next. Raises ConnectionError at the end."""
+    (size,) = _LENGTH.unpack(_read(connection, _LENGTH.size))
+    if size > _MAX_MESSAGE_BYTES:
+        raise ChannelRefused(f"a message of {size} bytes exceeds the channel's {_MAX_MESSAGE_BYTES}")
+    return _read(connection, size)
 
 
 def _shut_down(connection: socket.socket) -> None:
@@ -144,14 +168,12 @@ class PlanSender:
         self.generation = generation
         self._connections = dict(connections)
 
-    def send(self, plan: session_pb2.StepPlan) -> None:
-        """Raises OSError where a follower has gone."""
-        payload = plan.SerializeToString()
-        if len(payload) > _MAX_MESSAGE_BYTES:
-            raise ValueError(f"a plan of {len(payload)} bytes exceeds the channel's {_MAX_MESSAGE_BYTES}")
-        message = _LENGTH.pack(len(payload)) + payload
-        for connection in self._connections.values():
-            connection.sendall(message)
+    def send(self, plan: session_pb2.StepPlan, ranks: Container[int] | None = None) -> None:
+        """To all, or to those of `ranks` that follow. Raises OSError where one has gone."""
+        wanted = [connection for rank, connection in self._connections.items() if ranks is None or rank in ranks]
+        payload = plan.SerializeToString() if wanted else b""
+        for connection in wanted:
+            write_message(connection, payload)
 
     def hung_up(self, timeout_s: float) -> list[int]:
         """The ranks that have gone, as soon as there is one; empty after `timeout_s`."""
@@ -181,10 +203,7 @@ class PlanReceiver:
 
     def receive(self) -> session_pb2.StepPlan:
         """Blocks for the next plan. Raises ConnectionError at the end, ChannelRefused for another generation's plan."""
-        (size,) = _LENGTH.unpack(_read(self._connection, _LENGTH.size))
-        if size > _MAX_MESSAGE_BYTES:
-            raise ChannelRefused(f"a plan of {size} bytes exceeds the channel's {_MAX_MESSAGE_BYTES}")
-        plan = session_pb2.StepPlan.FromString(_read(self._connection, size))
+        plan = session_pb2.StepPlan.FromString(read_message(self._connection))
         if plan.generation != self.generation:
             raise ChannelRefused(f"a plan of generation {plan.generation} in generation {self.generation}")
         return plan

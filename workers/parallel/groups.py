@@ -1,9 +1,9 @@
 """Process groups of one generation.
 
 The leader hosts the store in which ranks find each other (`host_store`), so it outlives every rank. Each generation
-has its own prefix there, and its own members: whole DP groups, but not always all of the plan's. Each DP group has a
-tensor group with the short step timeout, whose collectives fail soon after a peer does, and one with the long loading
-timeout for agreements.
+has its own prefix there, and its own members: whole DP groups, but not always all of the plan's. Each stage of a DP
+group has a tensor group with the short step timeout, whose collectives fail soon after a peer does, and one with the
+long loading timeout for agreements; the stages of a column have the same.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import secrets
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +26,7 @@ from workers.parallel.collectives import Collectives, ProcessGroupCollectives, S
 from workers.parallel.exchange import Exchange
 from workers.parallel.exchange_choice import join_exchange
 from workers.parallel.liveness import stuck_after_s
+from workers.parallel.stages import OneStage, ProcessGroupStages, Stages
 from workers.parallel.vacant import LoneExchange
 from workers.settings import EngineSettings
 
@@ -71,13 +72,28 @@ class _World:
     def size(self) -> int:
         return len(self.members)
 
-    def groups(self) -> list[list[int]]:
-        """The members of each DP group that is here, by their numbers in the world."""
-        size = self.settings.plan.group_size
-        found: dict[int, list[int]] = {}
-        for index, rank in enumerate(self.members):
-            found.setdefault(rank // size, []).append(index)
-        return [found[group] for group in sorted(found)]
+    def places(self, ranks: Sequence[int]) -> list[int]:
+        """The numbers in the world of those of `ranks` that are here."""
+        return [self.members.index(rank) for rank in ranks if rank in self.members]
+
+    def tensor_groups(self) -> list[list[int]]:
+        """Of every stage of each DP group that is here."""
+        plan = self.settings.plan
+        return [self.places(plan.tensor_group(rank)) for rank in self.members if rank % plan.tensor == 0]
+
+    def columns(self) -> list[list[int]]:
+        """The stages that hand on to each other, of each DP group that is here."""
+        plan = self.settings.plan
+        return [self.places(plan.column(rank)) for rank in self.members if plan.place(rank).stage == 0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """A pair of groups over the same members, by their numbers in the world."""
+
+    members: list[int]
+    step_group: Any
+    slow_group: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +102,17 @@ class Groups:
 
     generation: int
     tensor: Collectives
+    stages: Stages = field(default_factory=OneStage)
     expert: Exchange | None = None  # None where experts are not spread, or no group but this one uses them
     joined: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What carries sums and stages, in words for `shoal status`."""
+        if self.stages.size == 1:
+            return self.tensor.kind
+        stages = f"stages over {self.stages.kind}"
+        return f"{self.tensor.kind}, {stages}" if self.tensor.size > 1 else stages
 
     @classmethod
     def join(
@@ -103,17 +128,15 @@ class Groups:
     ) -> Groups:
         """Meets the other members of the generation, whole DP groups; `hosts` has each member's, this rank's too.
 
-        `spread_experts` says that the model's routed experts are spread over all of them; without that a DP group
+        `spread_experts` says that the model's routed experts are spread over all of a stage; without that a DP group
         meets alone. Raises RuntimeError or TimeoutError naming who is missing.
         """
         plan = settings.plan
-        if plan.pipeline != 1:
-            raise ValueError(f"parallel.pipeline must be 1, not {plan.pipeline}")
         own = plan.place(rank).dp_group
         members = tuple(sorted(other for other in hosts if spread_experts or plan.place(other).dp_group == own))
         world = _World(settings, rank, members)
         if world.size == 1:
-            return cls(generation, SingleRank(), LoneExchange() if spread_experts else None)
+            return cls(generation, SingleRank(), expert=LoneExchange() if spread_experts else None)
         name = f"gen{generation}" if spread_experts else f"gen{generation}/group{own}"
         shared = _meet(world, name, generation, store, timeout_s)
         native.prepare_gloo(hosts[rank])
@@ -124,7 +147,8 @@ class Groups:
         _initialise(world, shared, timeout_s, use_shared_memory=obstacle is None)
         tensor = SingleRank() if plan.tensor == 1 else _tensor_collectives(world, obstacle, timeout_s)
         expert = _expert_exchange(world, hosts, shared, generation, timeout_s) if spread_experts else None
-        return cls(generation, tensor, expert, joined=True)
+        stages = OneStage() if plan.pipeline == 1 else _stages(world, timeout_s)
+        return cls(generation, tensor, stages, expert, joined=True)
 
     def close(self) -> None:
         """Leaves the groups, which its peers notice at once; a new generation may follow in this process."""
@@ -212,46 +236,74 @@ def _group(members: list[int], backend: str, joined_in_s: float, timeout_s: floa
     return group
 
 
+def _backend(world: _World) -> str:
+    return "nccl" if world.settings.device == "cuda" else "gloo"
+
+
+def _own(world: _World, all_members: Sequence[list[int]], joined_in_s: float, timeout_s: float) -> _Own:
+    """A group for steps and one for agreements, of those members among which this rank is."""
+    own: _Own | None = None
+    for members in all_members:
+        # Every rank makes every group, in one order: torch demands it.
+        step = _group(members, _backend(world), joined_in_s, timeout_s)
+        slow = _group(members, "gloo", joined_in_s, world.settings.load_timeout_s)
+        if world.index in members:
+            own = _Own(members, step, slow)
+    assert own is not None
+    return own
+
+
 def _expert_exchange(
     world: _World, hosts: Mapping[int, str], shared: Any, generation: int, joined_in_s: float
 ) -> Exchange:
-    """All members. A peer that works is waited for as long as it takes; one that hangs shows by the common beat."""
-    settings = world.settings
-    backend = "nccl" if settings.device == "cuda" else "gloo"
+    """All members of the stage. A peer that works is waited for as long as it takes; one that hangs shows by the
+    common beat."""
+    settings, plan = world.settings, world.settings.plan
     stuck_s = stuck_after_s(settings.step_timeout_s)
+    own_stage = plan.place(world.rank).stage
+    groups = [
+        _group(world.places(plan.stage_ranks(stage)), _backend(world), joined_in_s, stuck_s)
+        for stage in range(plan.pipeline)
+    ]
     return join_exchange(
         settings,
         world.rank,
-        world.members,
+        tuple(rank for rank in plan.stage_ranks(own_stage) if rank in world.members),
         hosts,
-        shared,
-        group=_group(list(range(world.size)), backend, joined_in_s, stuck_s),
+        PrefixStore(f"stage{own_stage}", shared),
+        group=groups[own_stage],
         generation=generation,
         join_timeout_s=joined_in_s,
         step_timeout_s=stuck_s,
     )
 
 
+def _stages(world: _World, joined_in_s: float) -> Stages:
+    """A stage that works is waited for as long as it takes; that one hangs, the first rank sees by its results."""
+    stuck_s = stuck_after_s(world.settings.step_timeout_s)
+    own = _own(world, world.columns(), joined_in_s, stuck_s)
+    backend = _backend(world)
+    return ProcessGroupStages(
+        index=world.settings.plan.place(world.rank).stage,
+        ranks=own.members,
+        step_group=own.step_group,
+        slow_group=own.slow_group,
+        timeout=timedelta(seconds=stuck_s) if backend == "gloo" else None,
+        kind=backend,
+    )
+
+
 def _tensor_collectives(world: _World, obstacle: str | None, joined_in_s: float) -> Collectives:
-    settings = world.settings
-    plan = settings.plan
-    backend = "nccl" if settings.device == "cuda" else "gloo"
-    ours = step_group = slow_group = None
-    for members in world.groups():
-        # Every rank makes every group, in one order: torch demands it.
-        step = _group(members, backend, joined_in_s, settings.step_timeout_s)
-        slow = _group(members, "gloo", joined_in_s, settings.load_timeout_s)
-        if world.index in members:
-            ours, step_group, slow_group = members, step, slow
-    assert ours is not None
+    settings, plan = world.settings, world.settings.plan
+    own = _own(world, world.tensor_groups(), joined_in_s, settings.step_timeout_s)
     make = ProcessGroupCollectives if obstacle is not None else SharedMemoryCollectives
-    kind = _kind(settings, backend, obstacle)
+    kind = _kind(settings, _backend(world), obstacle)
     collectives = make(
         index=plan.place(world.rank).tensor_index,
         size=plan.tensor,
-        first_rank=ours[0],
-        step_group=step_group,
-        slow_group=slow_group,
+        first_rank=own.members[0],
+        step_group=own.step_group,
+        slow_group=own.slow_group,
         kind=kind,
     )
     device = torch.device(settings.device)

@@ -80,6 +80,11 @@ class Pulse:
         return self._ran or self._untold or any(self._heard.values())
 
     @property
+    def awaited(self) -> bool:
+        """Whether another group has begun the next beat, or they must hear of an offer."""
+        return self._untold or any(self._heard.values())
+
+    @property
     def tokens(self) -> Mapping[int, int]:
         """What each peer brought to the last beat."""
         return self._tokens

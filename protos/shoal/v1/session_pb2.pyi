@@ -611,6 +611,7 @@ class StepPlan(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     EXPERT_EPOCH_FIELD_NUMBER: _builtins.int
+    SAMPLED_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     step: _builtins.int
     stop: _builtins.bool
@@ -643,6 +644,10 @@ class StepPlan(_message.Message):
     def num_logits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """per sequence: how many of its last rows need logits"""
 
+    @_builtins.property
+    def sampled(self) -> _containers.RepeatedCompositeFieldContainer[Global___SampledRows]:
+        """for the rank that samples, where that is not the first one"""
+
     def __init__(
         self,
         *,
@@ -657,11 +662,115 @@ class StepPlan(_message.Message):
         stop: _builtins.bool = ...,
         traceparent: _builtins.str = ...,
         expert_epoch: _builtins.int = ...,
+        sampled: _abc.Iterable[Global___SampledRows] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "expert_epoch", b"expert_epoch", "generation", b"generation", "num_blocks", b"num_blocks", "num_computed", b"num_computed", "num_logits", b"num_logits", "num_tokens", b"num_tokens", "step", b"step", "stop", b"stop", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "expert_epoch", b"expert_epoch", "generation", b"generation", "num_blocks", b"num_blocks", "num_computed", b"num_computed", "num_logits", b"num_logits", "num_tokens", b"num_tokens", "sampled", b"sampled", "step", b"step", "stop", b"stop", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepPlan: _TypeAlias = StepPlan  # noqa: Y015
+
+@_typing.final
+class SampledRows(_message.Message):
+    """A sequence of a step that has logits, and what its token is sampled by."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    FORBIDDEN_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """in the plan"""
+    samples: _builtins.bool
+    """else its rows only tell logprobs of the prompt"""
+    num_prompt_tokens: _builtins.int
+    sampling: _builtins.bytes
+    """a shoal.v1.SamplingParams, the same bytes in every step of the sequence"""
+    @_builtins.property
+    def forbidden_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def history(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """prompt and output so far; only where something asks for it"""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        samples: _builtins.bool = ...,
+        num_prompt_tokens: _builtins.int = ...,
+        sampling: _builtins.bytes = ...,
+        forbidden_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        history: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forbidden_token_ids", b"forbidden_token_ids", "history", b"history", "index", b"index", "num_prompt_tokens", b"num_prompt_tokens", "samples", b"samples", "sampling", b"sampling"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampledRows: _TypeAlias = SampledRows  # noqa: Y015
+
+@_typing.final
+class StepResult(_message.Message):
+    """What the last stage of a pipeline makes of a step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    step: _builtins.int
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowResult]: ...
+    def __init__(
+        self,
+        *,
+        generation: _builtins.int = ...,
+        step: _builtins.int = ...,
+        rows: _abc.Iterable[Global___RowResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "rows", b"rows", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepResult: _TypeAlias = StepResult  # noqa: Y015
+
+@_typing.final
+class RowResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    token_id: _builtins.int
+    @_builtins.property
+    def logprobs(self) -> Global___Logprobs: ...
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Logprobs]: ...
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        token_id: _builtins.int | None = ...,
+        logprobs: Global___Logprobs | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___Logprobs] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_token_id", b"_token_id", "logprobs", b"logprobs", "token_id", b"token_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_token_id", b"_token_id", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__token_id: _TypeAlias = _typing.Literal["token_id"]  # noqa: Y015
+    _WhichOneofArgType__token_id: _TypeAlias = _typing.Literal["_token_id", b"_token_id"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__token_id) -> _WhichOneofReturnType__token_id | None: ...
+
+Global___RowResult: _TypeAlias = RowResult  # noqa: Y015

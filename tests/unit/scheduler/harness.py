@@ -147,6 +147,9 @@ class Bench:
     def schedule_ahead(self) -> StepPlan | None:
         return self._take(self.batcher.schedule_ahead())
 
+    def schedule_beside(self) -> StepPlan | None:
+        return self._take(self.batcher.schedule_beside())
+
     def commit(self, step_s: float | None = None) -> list[Event]:
         """Run the first plan in flight, and commit it."""
         plan = self.plans.pop(0)
@@ -189,6 +192,18 @@ class Bench:
                 num_ahead += self.schedule_ahead() is not None
             self.commit()
         return num_ahead, num_plain
+
+    def drain_pipelined(self, max_steps: int = 10_000) -> list[int]:
+        """Run to the end with as many steps in flight as there can be; how many there were at each commit."""
+        in_flight: list[int] = []
+        while self.batcher.has_work or self.plans:
+            assert len(in_flight) < max_steps, f"still busy after {max_steps} steps"
+            while len(self.plans) < self.batcher.num_flights and self.schedule_beside() is not None:
+                pass
+            if self.plans:
+                in_flight.append(len(self.plans))
+                self.commit()
+        return in_flight
 
     def output(self, key: str) -> list[int]:
         """The tokens that came, after those that were replayed."""

@@ -97,7 +97,10 @@ def test_sizes_are_read() -> None:
     ("document", "message"),
     [
         ({"parallel": {"tensor": 5}}, r"parallel.tensor 5 must divide the model's 12 attention heads.*1, 2, 3, 6"),
-        ({"parallel": {"pipeline": 2}}, "parallel.pipeline must be 1"),
+        (
+            {"parallel": {"pipeline": 99}},
+            r"parallel.pipeline 99 exceeds the model's \d+ layers; \d+ or less would work",
+        ),
         ({"inference": {"max_model_len": 4096}}, "inference.max_model_len: 4096 is beyond the model's 2048"),
         ({"inference": {"device_map": "cuda"}}, "inference.device_map: cuda asked for, but no GPU"),
         ({"resources": {"gpus": 1}}, "resources.gpus: 1 asked for, 0 found"),

@@ -113,7 +113,7 @@ def test_a_folder_without_or_with_a_broken_config(tmp_path: Path) -> None:
             "parallel.tensor 2 must divide the model's 9 attention heads and 3 key-value heads; sizes that work: 1, 3",
         ),
         (ParallelPlan(tensor=9), "sizes that work: 1, 3"),
-        (ParallelPlan(pipeline=2), "parallel.pipeline must be 1"),
+        (ParallelPlan(pipeline=31), "parallel.pipeline 31 exceeds the model's 30 layers; 30 or less would work"),
         (ParallelPlan(redundant_experts=1), "parallel.redundant_experts must be 0"),
     ],
 )

@@ -33,12 +33,6 @@ def test_one_rank_needs_nobody() -> None:
     joined.close()
 
 
-def test_stages_are_refused_by_name() -> None:
-    settings = dataclasses.replace(SETTINGS, plan=ParallelPlan(pipeline=2))
-    with pytest.raises(ValueError, match=r"parallel\.pipeline must be 1, not 2"):
-        Groups.join(settings, 0, generation=1, store=("nowhere", 1), hosts=dict(enumerate(HERE)))
-
-
 @pytest.mark.parametrize(
     ("changes", "hosts", "obstacle"),
     [

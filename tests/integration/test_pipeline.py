@@ -1,0 +1,190 @@
+"""Layers spread over stages in processes of their own: the same tokens as one rank, and deaths that are noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protos.shoal.v1 import session_pb2
+from tests.checkpoints import tiny_deepseek
+from tests.integration.front_door_stream import FrontDoorStream, sampling
+from tests.integration.rank_process import Engine
+from workers.parallel.plan import ParallelPlan
+from workers.settings import EngineSettings
+
+STEP_TIMEOUT_S = 2.0
+PROMPTS = [[1, 5 + number, *range(40, 40 + 7 * number)] for number in range(8)]
+EXTRAS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.3},
+    {"logprobs": 2},
+    {"prompt_logprobs": 1, "temperature": 1.0},
+    {"frequency_penalty": 0.5, "logit_bias": {7: 2.0}},
+    {"min_tokens": 12, "ignore_eos": False},
+    {"top_k": 5, "temperature": 1.5},
+]
+
+StartEngine = Callable[..., Engine]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_deepseek(tmp_path_factory.mktemp("model"))
+
+
+def _settings(model: Path, **plan: int) -> EngineSettings:
+    return EngineSettings(
+        engine="e0",
+        model_name="tiny",
+        model_path=str(model),
+        plan=ParallelPlan(**plan),
+        dtype="float32",
+        device="cpu",
+        max_model_len=512,
+        max_batch_tokens=64,
+        cache_bytes=1 << 22,
+        step_timeout_s=STEP_TIMEOUT_S,
+    )
+
+
+@pytest.fixture
+def start(model: Path, tmp_path: Path) -> Iterator[StartEngine]:
+    engines: list[Engine] = []
+
+    def start_engine(**plan: int) -> Engine:
+        folder = tmp_path / str(len(engines))
+        folder.mkdir()
+        engines.append(Engine(folder, _settings(model, **plan)))
+        return engines[-1]
+
+    yield start_engine
+    for engine in engines:
+        engine.end()
+
+
+async def _generate(addresses: list[str], num_tokens: int = 16) -> dict[int, list[Any]]:
+    """What every prompt gives, each sampled in another way; the prompts are dealt out over the groups."""
+    found: dict[int, list[Any]] = {}
+
+    async def one_group(index: int) -> None:
+        numbers = range(index, len(PROMPTS), len(addresses))
+        async with FrontDoorStream(addresses[index]) as stream:
+            for number in numbers:
+                params = sampling(num_tokens, seed=number, **EXTRAS[number])
+                await stream.submit(number, PROMPTS[number], params, eos_token_ids=[2])
+            await stream.finish(*numbers)
+            for number in numbers:
+                found[number] = [stream.tokens[number], _told(stream, number)]
+
+    await asyncio.gather(*(one_group(index) for index in range(len(addresses))))
+    return found
+
+
+def _told(stream: FrontDoorStream, number: int) -> list[tuple[int, float]]:
+    """Logprobs of output and prompt, to a few digits."""
+    outputs = [output for message in stream.messages for output in message.outputs if output.sequence_id == number]
+    entries = [entry for output in outputs for entry in (*output.logprobs, *output.prompt_logprobs)]
+    return [(entry.token_id, round(entry.logprob, 3)) for entry in entries]
+
+
+def _compare(found: dict[int, list[Any]], expected: dict[int, list[Any]]) -> None:
+    for number, (tokens, told) in expected.items():
+        assert found[number][0] == tokens, number
+        assert [token for token, _ in found[number][1]] == [token for token, _ in told]
+        assert all(abs(a - b) < 0.01 for (_, a), (_, b) in zip(found[number][1], told, strict=True))
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
+    """What one rank says."""
+    single = Engine(tmp_path_factory.mktemp("single"), _settings(model))
+    try:
+        return asyncio.run(_generate(single.start()))
+    finally:
+        single.end()
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [{"pipeline": 3}, {"pipeline": 2, "tensor": 2}, {"data": 2, "pipeline": 2, "redundant_experts": 2}],
+    ids=["pp 3", "pp 2 tp 2", "dp 2 pp 2 with redundant experts"],
+)
+async def test_stages_say_what_one_rank_says(
+    start: StartEngine, model: Path, expected: dict[int, list[Any]], plan: dict[str, int]
+) -> None:
+    engine = start(**plan)
+    addresses = engine.start()
+    assert len(addresses) == plan.get("data", 1)
+    held = [rank["weight_bytes"] for rank in engine.on_all("status")]
+    assert max(held) < 0.8 * (model / "model.safetensors").stat().st_size, "every rank holds its layers only"
+    # A group alone at work, and then all of them.
+    async with FrontDoorStream(addresses[-1]) as stream:
+        await stream.submit(0, PROMPTS[0], sampling(16, seed=0))
+        await stream.finish(0)
+        assert stream.tokens[0] == expected[0][0]
+    _compare(await _generate(addresses), expected)
+    assert 0 < engine.ranks[0].call("probe", 10) < 10
+    assert "stages over gloo" in engine.ranks[-1].call("status")["collectives"]
+    assert min([await _load_of_a_rank(engine) for _ in range(3)]) < 0.02, "idle stages do nothing"
+    engine.stop()
+    assert {rank["reason"] for rank in engine.on_all("status")} <= {"", "stopped"}
+
+
+async def _load_of_a_rank(engine: Engine) -> float:
+    """The part of a core that a rank uses, over a second."""
+    before_s = _busy_s(engine)
+    await asyncio.sleep(1)  # the claim is about time that passes
+    return (_busy_s(engine) - before_s) / len(engine.ranks)
+
+
+def _busy_s(engine: Engine) -> float:
+    """Processor time of all ranks so far."""
+    total = 0.0
+    for rank in engine.ranks:
+        fields = Path(f"/proc/{rank.process.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+@pytest.mark.parametrize(
+    ("lost", "how"), [(1, signal.SIGSTOP), (2, signal.SIGKILL)], ids=["the middle one hangs", "the last one is killed"]
+)
+async def test_a_lost_stage_fails_what_is_open_in_time(start: StartEngine, lost: int, how: signal.Signals) -> None:
+    engine = start(pipeline=3)
+    (address,) = engine.start()
+    async with FrontDoorStream(address) as stream:
+        for number in range(4):
+            await stream.submit(number, PROMPTS[number], sampling(400))
+        await stream.until(lambda: all(stream.tokens.get(number) for number in range(4)))
+        os.kill(engine.ranks[lost].process.pid, how)
+        killed_s = time.monotonic()
+        await stream.finish(*range(4))
+        assert time.monotonic() - killed_s < 2 * STEP_TIMEOUT_S + 3
+        assert set(stream.finishes.values()) == {session_pb2.FINISH_FAILED}
+        await stream.until(lambda: stream.ended is not None)
+    status = engine.ranks[0].call("status")
+    assert status["state"] == "broken"
+    assert status["reason"]
+
+
+async def test_a_lost_first_stage_frees_the_others(start: StartEngine) -> None:
+    engine = start(pipeline=2)
+    (address,) = engine.start()
+    first, last = engine.ranks
+    async with FrontDoorStream(address) as stream:
+        await stream.submit(1, PROMPTS[1], sampling(400))
+        await stream.until(lambda: bool(stream.tokens.get(1)))
+        first.process.kill()
+        killed_s = time.monotonic()
+        while last.call("status")["state"] != "broken":
+            assert time.monotonic() - killed_s < STEP_TIMEOUT_S + 2
+            await asyncio.sleep(0.02)
+    last.call("stop")
