@@ -4,7 +4,8 @@
 per token is told beside the least that reading its weights can take: the bytes of the experts that the token's gate
 chose, the shared expert's and the gate's own, at the speed that `measure_memory` finds.
 
-The checkpoint is in FP8, as DeepSeek publishes it, of random weights; its experts become int8 as they are loaded.
+The checkpoint is in FP8, as DeepSeek publishes it, of random weights that all experts have in common, each in memory of
+its own; they become int8 as they are loaded.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--calls", type=int, default=20)
     options = begin(parser)
-    folder = options.model_path or random_model("v3-moe-layer", "--fp8")
+    folder = options.model_path or random_model("v3-moe-layer", "--fp8", "--same-experts")
     deliver(measure(folder, options.threads, options.calls), options)
     return 0
 

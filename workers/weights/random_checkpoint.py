@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import zlib
@@ -127,6 +128,7 @@ SHAPES: Mapping[str, dict[str, object]] = {
     "v3-moe-layer": _V3 | {"vocab_size": 1024, "num_hidden_layers": 1, "first_k_dense_replace": 0},
 }
 _BLOCK = BlockQuantization(128, 128)
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -145,11 +147,13 @@ def random_checkpoint(
     fp8: bool = False,
     tokenizer_from: Path | None = None,
     seed: int = 0,
+    same_experts: bool = False,
 ) -> Path:
     """Writes config.json and weights of `shape`, a config.json's contents; returns `folder`.
 
     With `fp8` the projections are e4m3 in blocks of 128 x 128, as DeepSeek publishes them. The vocabulary grows to that
-    of the tokenizer, where one is given.
+    of the tokenizer, where one is given. With `same_experts` the routed experts of a layer have equal weights, drawn
+    once: they cost as much to run, and far less to make.
     """
     raw = dict(shape) | {"torch_dtype": dtype}
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +167,7 @@ def random_checkpoint(
             "weight_block_size": [_BLOCK.rows, _BLOCK.columns],
         }
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    values = _Values(seed)
+    values = _Values(seed, same_experts=same_experts)
     specs = []
     for name, size in _tensors(parse_config(raw)).items():
         quantized = fp8 and _is_projection(name)
@@ -188,11 +192,23 @@ def _is_projection(name: str) -> bool:
 class _Values:
     """Random values by name, whatever the order; an FP8 tensor's scales follow it."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, same_experts: bool) -> None:
         self._seed = seed
+        self._same_experts = same_experts
+        self._drawn: dict[str, torch.Tensor] = {}  # what all experts of the layer have, by the first one's name
         self._scales: dict[str, torch.Tensor] = {}
 
     def __call__(self, spec: TensorSpec) -> torch.Tensor:
+        name = _EXPERT.sub(".experts.0.", spec.name)
+        if not self._same_experts or ".experts." not in name:
+            return self._make(spec)
+        if name not in self._drawn:
+            layer = name.partition(".experts.")[0]
+            self._drawn = {key: value for key, value in self._drawn.items() if key.startswith(layer)}
+            self._drawn[name] = self._make(spec)
+        return self._drawn[name]
+
+    def _make(self, spec: TensorSpec) -> torch.Tensor:
         if spec.name in self._scales:
             return self._scales.pop(spec.name)
         if spec.dtype != torch.float8_e4m3fn:
@@ -233,6 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bfloat16")
     parser.add_argument("--fp8", action="store_true", help="projections in FP8 with 128 x 128 blocks")
     parser.add_argument("--tokenizer-from", type=Path, help="a model folder whose tokenizer to copy")
+    parser.add_argument("--same-experts", action="store_true", help="equal weights for a layer's routed experts")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     shape = SHAPES[options.shape]
@@ -245,6 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
         fp8=options.fp8,
         tokenizer_from=options.tokenizer_from,
         seed=options.seed,
+        same_experts=options.same_experts,
     )
     size_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     sys.stderr.write(f"{folder}: {options.shape}, {size_bytes / 1e9:.2f} GB\n")

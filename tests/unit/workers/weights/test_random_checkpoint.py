@@ -98,3 +98,17 @@ def test_layers_that_predict_further_tokens_are_skipped_and_said_so(
 def test_fused_experts_are_told_by_their_names() -> None:
     assert has_fused_experts(["model.layers.3.mlp.experts.gate_up_proj"])
     assert not has_fused_experts(["model.layers.3.mlp.experts.0.gate_proj.weight"])
+
+
+def test_experts_may_share_their_values(tmp_path: Path) -> None:
+    """Each has tensors of its own, so that it takes memory and time of its own."""
+    tiny = json.loads((tiny_deepseek(tmp_path / "tiny") / "config.json").read_text())
+    for fp8 in (False, True):
+        folder = random_checkpoint.random_checkpoint(tmp_path / str(fp8), tiny, fp8=fp8, same_experts=True)
+        tensors = load_file(folder / "model.safetensors")
+        for name in ("gate_proj.weight", "down_proj.weight", *["up_proj.weight_scale_inv"] * fp8):
+            experts = [tensors[f"model.layers.{layer}.mlp.experts.{n}.{name}"] for layer in (1, 2) for n in range(8)]
+            raw = [expert.view(torch.uint8).tolist() for expert in experts]
+            assert raw[0] == raw[1] == raw[7]
+            assert raw[8] == raw[15]
+            assert fp8 or raw[0] != raw[8]
