@@ -86,6 +86,7 @@ def measure(folder: Path, rounds: int) -> Findings:
     found: dict[str, tuple[list[float], list[float]]] = {work.what: ([], []) for work in WORK}
     plans = (("spread", ParallelPlan(data=2), 1), ("single", ParallelPlan(), 2))
     with ExitStack() as stack:
+        loop = stack.enter_context(asyncio.Runner())  # gRPC minds being taken from one event loop to another
         engines = []
         for name, plan, num_threads in plans:
             logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -97,7 +98,7 @@ def measure(folder: Path, rounds: int) -> Findings:
             for work in WORK:
                 for index, per_engine in enumerate(addresses):
                     time.sleep(_SETTLE_S)
-                    rate = asyncio.run(_run(per_engine, work, random))
+                    rate = loop.run(_run(per_engine, work, random))
                     progress(f"round {number} of {rounds}: {plans[index][0]}: {work.what}: {rate:.1f} tokens/s")
                     if number:
                         found[work.what][index].append(rate)
