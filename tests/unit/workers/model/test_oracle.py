@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.checkpoints import write_checkpoint
-from tests.unit.workers.ranks import Ranks, Sequence_, step_of
-
-TOLERANCE = 1e-4
-LENGTH = 61
-BLOCK_SIZE = 4
+from tests.unit.workers.model.stepping import (
+    BLOCK_SIZE,
+    LENGTH,
+    TOLERANCE,
+    distance,
+    expected_logits,
+    run,
+    sequences,
+)
+from tests.unit.workers.ranks import Ranks
 
 _BASE = {
     "vocab_size": 203,
@@ -90,62 +94,27 @@ def ranks(checkpoint: tuple[Path, Any]) -> Iterator[Ranks]:
     ranks.close()
 
 
-def _sequences(count: int, seed: int) -> list[Sequence_]:
-    """Sequences of differing length in shuffled blocks."""
-    rng = random.Random(seed)
-    block_ids = list(range(count * (LENGTH // BLOCK_SIZE + 1)))
-    rng.shuffle(block_ids)
-    sequences = []
-    for index in range(count):
-        length = LENGTH if index == 0 else rng.randint(2, LENGTH)
-        blocks = [block_ids.pop() for _ in range(-(-length // BLOCK_SIZE))]
-        sequences.append(Sequence_([rng.randrange(200) for _ in range(length)], blocks))
-    return sequences
-
-
-def _expected(model: Any, sequence: Sequence_) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model(torch.tensor([sequence.token_ids])).logits[0]
-    return logits
-
-
-def _distance(sequence: Sequence_, expected: torch.Tensor) -> float:
-    got = torch.cat(sequence.logits)
-    assert got.shape == expected.shape
-    return float((got - expected).abs().max())
-
-
-def _run(ranks: Ranks, parts: list[tuple[Sequence_, int]]) -> None:
-    """One step with logits of every row, handed back to the sequences."""
-    logits = ranks.forward(step_of([(sequence, count, count) for sequence, count in parts]))
-    for sequence, count in parts:
-        sequence.logits.append(logits[:count])
-        sequence.num_computed += count
-        logits = logits[count:]
-    assert not len(logits)
-
-
 def test_a_whole_prompt(checkpoint: tuple[Path, Any], ranks: Ranks) -> None:
-    (sequence,) = _sequences(1, seed=1)
-    _run(ranks, [(sequence, LENGTH)])
-    assert _distance(sequence, _expected(checkpoint[1], sequence)) <= TOLERANCE
+    (sequence,) = sequences(1, seed=1)
+    run(ranks, [(sequence, LENGTH)])
+    assert distance(sequence, expected_logits(checkpoint[1], sequence)) <= TOLERANCE
 
 
 def test_odd_chunks_then_decode(checkpoint: tuple[Path, Any], ranks: Ranks) -> None:
-    (sequence,) = _sequences(1, seed=2)
+    (sequence,) = sequences(1, seed=2)
     for count in (5, 1, 13, 16, 7, *[1] * 19):
-        _run(ranks, [(sequence, count)])
-    assert _distance(sequence, _expected(checkpoint[1], sequence)) <= TOLERANCE
+        run(ranks, [(sequence, count)])
+    assert distance(sequence, expected_logits(checkpoint[1], sequence)) <= TOLERANCE
 
 
 def test_any_mixture_in_one_step(checkpoint: tuple[Path, Any], ranks: Ranks) -> None:
-    sequences = _sequences(6, seed=3)
+    all_of_them = sequences(6, seed=3)
     rng = random.Random(4)
-    while open_sequences := [s for s in sequences if s.num_computed < len(s.token_ids)]:
+    while open_sequences := [s for s in all_of_them if s.num_computed < len(s.token_ids)]:
         chosen = rng.sample(open_sequences, rng.randint(1, len(open_sequences)))
-        _run(ranks, [(s, min(rng.choice((1, 1, 1, 3, 9)), len(s.token_ids) - s.num_computed)) for s in chosen])
-    for sequence in sequences:
-        assert _distance(sequence, _expected(checkpoint[1], sequence)) <= TOLERANCE
+        run(ranks, [(s, min(rng.choice((1, 1, 1, 3, 9)), len(s.token_ids) - s.num_computed)) for s in chosen])
+    for sequence in all_of_them:
+        assert distance(sequence, expected_logits(checkpoint[1], sequence)) <= TOLERANCE
 
 
 def test_tensor_parallel(checkpoint: tuple[Path, Any]) -> None:
@@ -155,10 +124,10 @@ def test_tensor_parallel(checkpoint: tuple[Path, Any]) -> None:
         if config.num_key_value_heads % size:
             continue
         ranks = Ranks(checkpoint[0], tensor=size, block_size=BLOCK_SIZE)
-        sequences = _sequences(2, seed=5)
+        all_of_them = sequences(2, seed=5)
         for counts in ((20, 1), (LENGTH - 22, 1), (1, 1), (1, None)):
-            _run(ranks, [(s, n or len(s.token_ids) - s.num_computed) for s, n in zip(sequences, counts, strict=True)])
+            run(ranks, [(s, n or len(s.token_ids) - s.num_computed) for s, n in zip(all_of_them, counts, strict=True)])
         ranks.close()
-        for sequence in sequences:
-            expected = _expected(checkpoint[1], sequence)
-            assert _distance(sequence, expected[: sequence.num_computed]) <= TOLERANCE
+        for sequence in all_of_them:
+            expected = expected_logits(checkpoint[1], sequence)
+            assert distance(sequence, expected[: sequence.num_computed]) <= TOLERANCE
