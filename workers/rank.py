@@ -326,7 +326,7 @@ class Rank:
         self._membership = self._pulse = self._watch = None
 
     def _note_trouble(self, reason: str) -> None:
-        if not self._troubled.is_set():
+        if reason != STOPPED and not self._troubled.is_set():
             self._trouble = reason
             self._troubled.set()
 

@@ -71,6 +71,12 @@ def test_shared_memory_serves_the_first_generation_and_gloo_the_next(tmp_path: P
 
 def test_two_groups_of_two_keep_to_themselves(tmp_path: Path) -> None:
     found = run(tmp_path, ParallelPlan(data=2, tensor=2), [1], collectives="auto")
+    for rank, (only,) in enumerate(found):
+        check(only, only["kind"], minimum=100 if rank < 2 else 102)
+
+
+def test_tensor_groups_of_several_stages_use_gloo(tmp_path: Path) -> None:
+    found = run(tmp_path, ParallelPlan(pipeline=2, tensor=2), [1], collectives="auto")
     kind = "gloo (shared memory serves one tensor group alone)"
     for rank, (only,) in enumerate(found):
         check(only, kind, minimum=100 if rank < 2 else 102)
@@ -88,4 +94,4 @@ def test_more_ranks_than_cores_use_gloo(tmp_path: Path) -> None:
 @needs_shm
 def test_what_is_demanded_and_impossible_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="collectives: shm is not possible: shared memory serves one tensor group"):
-        run(tmp_path, ParallelPlan(data=2, tensor=2), [1], collectives="shm")
+        run(tmp_path, ParallelPlan(pipeline=2, tensor=2), [1], collectives="shm")
