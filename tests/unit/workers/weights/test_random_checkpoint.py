@@ -86,7 +86,7 @@ def test_layers_that_predict_further_tokens_are_skipped_and_said_so(
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.3.eh_proj.weight"] = torch.zeros(4, 4)
     save_file(tensors, folder / "model.safetensors")
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="workers"):
         ranks = Ranks(folder)
     ranks.close()
     assert "layers 3 of the checkpoint predict further tokens" in caplog.text
