@@ -29,7 +29,7 @@ test: $(STAMP)
 	$(BIN)/pytest $(ARGS)
 
 unit: $(STAMP)
-	$(BIN)/pytest tests/unit $(ARGS)
+	$(BIN)/pytest tests/unit -n auto --dist worksteal $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
