@@ -120,13 +120,13 @@ class Follower:
         rank: int,
         experts: Relocation | None = None,
         answer: Callable[[session_pb2.StepPlan, torch.Tensor], None] | None = None,
-        on_end: Callable[[str], None] = lambda _: None,
+        on_broken: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`answer` is handed each step's plan and logits, at a rank that has them. `on_end` hears why it no longer
-        follows."""
+        """`answer` is handed each step's plan and logits, at a rank that has them. `on_broken` hears why it no
+        longer follows, unless it was told to stop."""
         self._runner = runner
         self._answer = answer
-        self._on_end = on_end
+        self._on_broken = on_broken
         self._experts = experts
         self._receiver = receiver
         self._rank = rank
@@ -152,7 +152,8 @@ class Follower:
             logging.INFO if reason == STOPPED else logging.ERROR, "rank %d no longer follows: %s", self._rank, reason
         )
         self._receiver.hang_up()
-        self._on_end(reason)
+        if reason != STOPPED:
+            self._on_broken(reason)
 
     def stop(self, timeout_s: float) -> bool:
         """Waits for the first rank to dismiss this one, or to go; then leaves. False where a step has not ended yet."""

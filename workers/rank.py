@@ -326,7 +326,7 @@ class Rank:
         self._membership = self._pulse = self._watch = None
 
     def _note_trouble(self, reason: str) -> None:
-        if reason != STOPPED and not self._troubled.is_set():
+        if not self._troubled.is_set():
             self._trouble = reason
             self._troubled.set()
 
@@ -619,7 +619,7 @@ class Rank:
             rank=self.rank,
             experts=runner.experts,
             answer=LastStage(membership.answers) if membership.answers is not None else None,
-            on_end=self._note_trouble,
+            on_broken=self._note_trouble,
         )
         self._follower.start()
 

@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from workers.processor import instruction_sets
+
 __all__ = ["BuildError", "build", "library_path", "main"]
 
 _SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in ("native", "few_rows"))
@@ -27,9 +29,8 @@ class BuildError(RuntimeError):
 
 def library_path() -> Path:
     """Where the compiled kernels are, or would be: beside the environment, a file for each text and processor."""
-    processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES))
-    digest.update("\0".join((processor, *_FLAGS)).encode())
+    digest.update("\0".join((instruction_sets(), *_FLAGS)).encode())
     return Path(sys.prefix) / "share" / "shoal" / f"kernels-{digest.hexdigest()[:16]}.so"
 
 

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from workers.processor import instruction_sets
+
 __all__ = ["BuildError", "build", "is_built", "library_path", "main"]
 
 _OP = "deepspeed_shm_comm"
@@ -41,8 +43,12 @@ def _fingerprint() -> dict[str, str]:
     """What a compiled op depends on; the processor, because it is compiled for this one."""
     import torch
 
-    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    return {"torch": torch.__version__, "deepspeed": version("deepspeed"), "python": sys.version, "cpu": flags}
+    return {
+        "torch": torch.__version__,
+        "deepspeed": version("deepspeed"),
+        "python": sys.version,
+        "cpu": instruction_sets(),
+    }
 
 
 def library_path() -> Path | None:
