@@ -12,7 +12,8 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from workers.parallel.plan import ParallelPlan
 from workers.rank import Rank, RankAddress
 from workers.settings import EngineSettings
 
-__all__ = ["HOST", "SECRET", "Engine", "RankProcess"]
+__all__ = ["HOST", "SECRET", "Engine", "RankProcess", "StartEngine", "engines", "small_settings"]
 
 HOST = "127.0.0.1"
 SECRET = "not much of a secret"
@@ -143,6 +144,44 @@ class Engine:
     def end(self) -> None:
         for rank in self.ranks:
             rank.end()
+
+
+StartEngine = Callable[..., Engine]
+
+
+def small_settings(model: Path, *, step_timeout_s: float, plan: ParallelPlan, **fields: Any) -> EngineSettings:
+    """For a tiny model in fp32."""
+    return EngineSettings(
+        engine="e0",
+        model_name="tiny",
+        model_path=str(model),
+        plan=plan,
+        dtype="float32",
+        device="cpu",
+        max_model_len=512,
+        max_batch_tokens=64,
+        cache_bytes=1 << 22,
+        step_timeout_s=step_timeout_s,
+        **fields,
+    )
+
+
+@contextmanager
+def engines(folder: Path, settings: Callable[..., EngineSettings]) -> Iterator[StartEngine]:
+    """Gives what starts engines of such settings, each in a folder of its own; they all end here."""
+    started: list[Engine] = []
+
+    def start_engine(*arguments: Any, **named: Any) -> Engine:
+        own = folder / str(len(started))
+        own.mkdir()
+        started.append(Engine(own, settings(*arguments, **named)))
+        return started[-1]
+
+    try:
+        yield start_engine
+    finally:
+        for engine in started:
+            engine.end()
 
 
 def _serve(settings_path: str, number: str, secret: str) -> None:

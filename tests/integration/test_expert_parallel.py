@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,7 +18,7 @@ from scheduler.experts import balanced
 from scheduler.experts_replay import compare, read_recording
 from tests.checkpoints import tiny_deepseek
 from tests.integration.front_door_stream import FrontDoorStream, sampling
-from tests.integration.rank_process import Engine
+from tests.integration.rank_process import StartEngine, engines, small_settings
 from workers.parallel.plan import ParallelPlan
 from workers.settings import EngineSettings
 
@@ -26,8 +26,6 @@ STEP_TIMEOUT_S = 2.0
 NUM_EXPERTS = 8
 EXPERT_LAYERS = [1, 2]
 PROMPTS = [[1, 5 + number, *range(40, 40 + 7 * number)] for number in range(8)]
-
-StartEngine = Callable[..., Engine]
 
 
 @pytest.fixture(scope="module")
@@ -37,31 +35,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(model: Path, tmp_path: Path) -> Iterator[StartEngine]:
-    engines: list[Engine] = []
+    def settings(collectives: str = "auto", overlap: bool = False, **plan: int) -> EngineSettings:
+        return small_settings(
+            model, step_timeout_s=STEP_TIMEOUT_S, plan=ParallelPlan(**plan), collectives=collectives, overlap=overlap
+        )
 
-    def start_engine(collectives: str = "auto", overlap: bool = False, **plan: int) -> Engine:
-        fields: dict[str, Any] = {
-            "engine": "e0",
-            "model_name": "tiny",
-            "model_path": str(model),
-            "plan": ParallelPlan(**plan),
-            "dtype": "float32",
-            "device": "cpu",
-            "max_model_len": 512,
-            "max_batch_tokens": 64,
-            "cache_bytes": 1 << 22,
-            "step_timeout_s": STEP_TIMEOUT_S,
-            "collectives": collectives,
-            "overlap": overlap,
-        }
-        folder = tmp_path / str(len(engines))
-        folder.mkdir()
-        engines.append(Engine(folder, EngineSettings(**fields)))
-        return engines[-1]
-
-    yield start_engine
-    for engine in engines:
-        engine.end()
+    with engines(tmp_path, settings) as start_engine:
+        yield start_engine
 
 
 async def _generate(addresses: list[str], num_tokens: int = 16) -> list[list[int]]:

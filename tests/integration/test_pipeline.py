@@ -6,7 +6,8 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from protos.shoal.v1 import session_pb2
 from tests.checkpoints import tiny_deepseek
 from tests.integration.front_door_stream import FrontDoorStream, sampling
-from tests.integration.rank_process import Engine
+from tests.integration.rank_process import Engine, StartEngine, engines, small_settings
 from workers.parallel.plan import ParallelPlan
 from workers.settings import EngineSettings
 
@@ -32,8 +33,6 @@ EXTRAS: list[dict[str, Any]] = [
     {"top_k": 5, "temperature": 1.5},
 ]
 
-StartEngine = Callable[..., Engine]
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -41,33 +40,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _settings(model: Path, **plan: int) -> EngineSettings:
-    return EngineSettings(
-        engine="e0",
-        model_name="tiny",
-        model_path=str(model),
-        plan=ParallelPlan(**plan),
-        dtype="float32",
-        device="cpu",
-        max_model_len=512,
-        max_batch_tokens=64,
-        cache_bytes=1 << 22,
-        step_timeout_s=STEP_TIMEOUT_S,
-    )
+    return small_settings(model, step_timeout_s=STEP_TIMEOUT_S, plan=ParallelPlan(**plan))
 
 
 @pytest.fixture
 def start(model: Path, tmp_path: Path) -> Iterator[StartEngine]:
-    engines: list[Engine] = []
-
-    def start_engine(**plan: int) -> Engine:
-        folder = tmp_path / str(len(engines))
-        folder.mkdir()
-        engines.append(Engine(folder, _settings(model, **plan)))
-        return engines[-1]
-
-    yield start_engine
-    for engine in engines:
-        engine.end()
+    with engines(tmp_path, partial(_settings, model)) as start_engine:
+        yield start_engine
 
 
 async def _generate(addresses: list[str], num_tokens: int = 16) -> dict[int, list[Any]]:

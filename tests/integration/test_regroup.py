@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,15 +14,13 @@ import pytest
 from protos.shoal.v1 import session_pb2
 from tests.checkpoints import tiny_deepseek
 from tests.integration.front_door_stream import FrontDoorStream, sampling
-from tests.integration.rank_process import Engine
+from tests.integration.rank_process import Engine, StartEngine, engines, small_settings
 from workers.parallel.plan import ParallelPlan
 from workers.settings import EngineSettings
 
 STEP_TIMEOUT_S = 2.0
 NUM_TOKENS = 150
 PROMPTS = [[1, 5 + number, *range(40, 40 + 7 * number)] for number in range(8)]
-
-StartEngine = Callable[..., Engine]
 
 
 @pytest.fixture(scope="module")
@@ -32,30 +30,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(model: Path, tmp_path: Path) -> Iterator[StartEngine]:
-    engines: list[Engine] = []
+    def settings(**plan: int) -> EngineSettings:
+        return small_settings(model, step_timeout_s=STEP_TIMEOUT_S, plan=ParallelPlan(**plan), deterministic=True)
 
-    def start_engine(**plan: int) -> Engine:
-        folder = tmp_path / str(len(engines))
-        folder.mkdir()
-        settings = EngineSettings(
-            engine="e0",
-            model_name="tiny",
-            model_path=str(model),
-            plan=ParallelPlan(**plan),
-            dtype="float32",
-            device="cpu",
-            max_model_len=512,
-            max_batch_tokens=64,
-            cache_bytes=1 << 22,
-            step_timeout_s=STEP_TIMEOUT_S,
-            deterministic=True,
-        )
-        engines.append(Engine(folder, settings))
-        return engines[-1]
-
-    yield start_engine
-    for engine in engines:
-        engine.end()
+    with engines(tmp_path, settings) as start_engine:
+        yield start_engine
 
 
 class Client:
