@@ -202,6 +202,11 @@ class FakeGroup(session_pb2_grpc.DPGroupServicer):
         """No step runs until `go_on`."""
         self._paused = True
 
+    def release(self) -> None:
+        """What `hold_at` held goes on."""
+        self.hold_at = None
+        self.go_on()
+
     def go_on(self) -> None:
         self._paused = False
         for stream in self._streams:

@@ -137,7 +137,7 @@ async def test_an_answer_is_interrupted_and_the_chat_goes_on(address: str, group
         process.send_signal(signal.SIGINT)
         await screen.until("interrupted")
         await group.until(lambda group: group.num_running == 0)
-        group.hold_at = None
+        group.release()
         screen.type("two\n")
         await screen.until(ANSWER)
         await screen.until("tokens/s")

@@ -410,6 +410,6 @@ async def test_a_client_that_pings_keeps_its_quiet_stream() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(4):  # the silence is what is tested
                 await asyncio.Event().wait()
-        group.hold_at = None
+        group.release()
         group.go_on()
         assert (await take(stream)).finish_reason == pb.FINISH_REASON_LENGTH

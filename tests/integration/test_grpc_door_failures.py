@@ -42,7 +42,7 @@ async def test_a_killed_group_is_a_pause_and_nothing_more() -> None:
         stream = door.stub.Generate(request(max_tokens=NUM_TOKENS, seed=5))
         chunks = await _until_token(stream, 20)
         hit, other = (first, second) if first.submits else (second, first)
-        other.hold_at = None
+        other.release()
         await hit.stop()
         chunks += await rest(stream)
         assert bytes(other.submits[0].output_token_ids).decode() == expected_text(PROMPT, 5, 20)
@@ -100,7 +100,7 @@ async def test_the_only_group_comes_back() -> None:
         chunks = await _until_token(stream, 10)
         port = group.port
         await group.stop()
-        group.hold_at = None
+        group.release()
         await group.start(port)
         chunks += await rest(stream)
     assert _check(chunks) == expected_text(PROMPT, 5, NUM_TOKENS)
@@ -135,7 +135,7 @@ async def test_a_client_comes_back_for_the_rest() -> None:
         chunks = await _until_token(stream, 20)
         stream.cancel()
         await group.until(lambda it: len(it.cancels) == 1)
-        group.hold_at = None
+        group.release()
         async with grpc.aio.insecure_channel(door.target) as channel:
             resume = channel.unary_stream(
                 "/shoal.v1.Inference/Resume",
@@ -156,7 +156,7 @@ async def test_drain_finishes_what_is_open() -> None:
         stream = door.stub.Generate(request(max_tokens=NUM_TOKENS, seed=5))
         chunks = await _until_token(stream, 5)
         draining = asyncio.create_task(door.server.drain(20))
-        group.hold_at = None
+        group.release()
         group.go_on()
         chunks += await rest(stream)
         await draining
