@@ -57,12 +57,14 @@ class StreamRecord:
         return self.ended_s is not None and not self.error and not self.broken
 
 
-async def run_one(connect: Connect, work: Work, record: StreamRecord, metadata: Metadata) -> None:
+async def run_one(
+    connect: Connect, work: Work, record: StreamRecord, metadata: Metadata, patience_s: float = 60.0
+) -> None:
     """Follows a request to its end."""
     held = Held(work.request())
     last_s: float | None = None
     try:
-        async with aclosing(follow(connect, held, metadata=metadata)) as chunks:
+        async with aclosing(follow(connect, held, metadata=metadata, patience_s=patience_s)) as chunks:
             async for chunk in chunks:
                 now_s = time.monotonic()
                 if chunk.token_ids:
@@ -93,13 +95,25 @@ async def reference(connect: Connect, works: Sequence[Work], metadata: Metadata)
 
 
 class Load:
-    """`num_streams` requests at any time, one after the other on each, until `stop`; then all are finished."""
+    """`num_streams` requests at any time, one after the other on each, until `stop`; then all are finished.
 
-    def __init__(self, connect: Connect, works: Sequence[Work], *, num_streams: int, metadata: Metadata = ()) -> None:
+    `patience_s` is how long a client goes on trying to resume a stream that broke; with 0 it does not.
+    """
+
+    def __init__(
+        self,
+        connect: Connect,
+        works: Sequence[Work],
+        *,
+        num_streams: int,
+        metadata: Metadata = (),
+        patience_s: float = 60.0,
+    ) -> None:
         self._connect = connect
         self._works = works
         self._num_streams = num_streams
         self._metadata = metadata
+        self._patience_s = patience_s
         self._stopped = False
         self._next = 0
         self.records: list[StreamRecord] = []
@@ -119,6 +133,6 @@ class Load:
             self._next += 1
             record = StreamRecord(work, time.monotonic())
             self.records.append(record)
-            await run_one(self._connect, work, record, self._metadata)
+            await run_one(self._connect, work, record, self._metadata, self._patience_s)
             if record.error:
                 await asyncio.sleep(0.2)  # a server that refuses at once is not to be asked in a tight loop

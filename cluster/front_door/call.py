@@ -63,7 +63,8 @@ class Call:
     """One generation asked for by a client. Exactly one of `text`, `token_ids` and `messages` is set.
 
     `timeout_s` is what was left of the client's deadline on arrival. `client` is who asked (the key's name, or
-    empty without authentication): only the same client may cancel or resume the call.
+    empty without authentication): only the same client may cancel or resume the call. `held` is how many tokens of
+    each choice the client has of an earlier call with the same `idempotency_key`.
     """
 
     model: str = ""
@@ -75,6 +76,7 @@ class Call:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     request_id: str = ""
     idempotency_key: str = ""
+    held: tuple[int, ...] = ()
     priority: int = 0
     tenant: str = ""
     client: str = ""

@@ -129,13 +129,16 @@ class Desk:
         if call.idempotency_key:
             resolve(call, self.card, self.limits)
             digest = body_digest(call)
-            known = await self._find((call.client, call.request_id), (), must_exist=False, door=call.door)
+            key = (call.client, call.request_id)
+            known = await self._find(key, call.held, must_exist=bool(call.held), door=call.door)
             if known is not None:
                 _check_same(known, digest)
-                async with aclosing(self._go_on(known, (), call)) as rest:
+                async with aclosing(self._go_on(known, call.held, call)) as rest:
                     async for each in rest:
                         yield each
                 return
+            if call.held:
+                raise RequestNotFound("no request of that key is known any more; send it anew", field="held")
         request = self._new(call)
         self._measure(request, call)
         request.body_digest = digest

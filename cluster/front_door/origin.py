@@ -17,7 +17,7 @@ from protos.shoal.v1 import session_pb2
 
 __all__ = ["body_digest", "empty_output", "held_record", "note_history", "origin_of", "restored"]
 
-_NOT_THE_BODY = ("request_id", "idempotency_key", "tenant", "client", "timeout_s", "traceparent", "door")
+_NOT_THE_BODY = ("request_id", "idempotency_key", "held", "tenant", "client", "timeout_s", "traceparent", "door")
 
 
 def body_digest(call: Call) -> str:

@@ -20,9 +20,9 @@ import psutil
 from cluster.app.ports import free_port
 from protos.shoal.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
-__all__ = ["Served", "eventually", "run_shoal", "serving"]
+__all__ = ["SHOAL", "Served", "eventually", "run_shoal", "serving"]
 
-_SHOAL = [sys.executable, "-c", "from cluster.cli import main; main()"]
+SHOAL = [sys.executable, "-c", "from cluster.cli import main; main()"]
 START_TIMEOUT_S = 120.0
 
 
@@ -36,7 +36,7 @@ def eventually(holds: Callable[[], bool], what: str, *, timeout_s: float = 60.0)
 
 def run_shoal(*arguments: str, timeout_s: float = START_TIMEOUT_S) -> subprocess.CompletedProcess[str]:
     """A command that ends by itself."""
-    return subprocess.run([*_SHOAL, *arguments], capture_output=True, text=True, timeout=timeout_s, check=False)
+    return subprocess.run([*SHOAL, *arguments], capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
 class Served:
@@ -118,7 +118,7 @@ def serving(
     with tempfile.TemporaryDirectory(prefix="served-") as folder:
         path = Path(folder) / "shoal.yaml"
         path.write_text(f"{cache or ''}\n{config}")
-        command = [*_SHOAL, "serve", "--model-path", str(model), "--config", str(path)]
+        command = [*SHOAL, "serve", "--model-path", str(model), "--config", str(path)]
         command += ["--port", str(port), "--http-port", str(http_port), *options]
         with (Path(folder) / "output").open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -144,3 +145,39 @@ async def test_a_cancel_at_another_front_door_ends_the_request() -> None:
         assert (await second.stub.Cancel(pb.CancelRequest(request_id="mine"))).found
         assert (await rest(stream))[-1].finish_reason == pb.FINISH_REASON_CANCELLED
         assert not (await second.stub.Cancel(pb.CancelRequest(request_id="mine"))).found
+
+
+async def _events(response: httpx.Response, most: int | None = None) -> list[tuple[str, str]]:
+    """Ids and texts of a stream's events; of no more than `most`."""
+    found: list[tuple[str, str]] = []
+    last_id = ""
+    async for line in response.aiter_lines():
+        if line.startswith("id: "):
+            last_id = line.removeprefix("id: ")
+        elif line.startswith("data: {"):
+            found += [(last_id, choice["text"]) for choice in json.loads(line[6:])["choices"]]
+            if len(found) == most:
+                break
+    return found
+
+
+async def test_an_http_stream_goes_on_behind_the_last_event() -> None:
+    group = FakeGroup()
+    group.hold_at = 5
+    async with open_door(group, http=True) as first, second_door(group) as second, httpx.AsyncClient() as client:
+        body = {"model": "fake", "prompt": "hi", "max_tokens": 30, "seed": 7, "stream": True}
+        headers = {"Idempotency-Key": "s-1"}
+        urls = [f"http://127.0.0.1:{door.server.http_port}/v1/completions" for door in (first, second)]
+        async with client.stream("POST", urls[0], json=body, headers=headers) as stream:
+            begun = await _events(stream, most=1)
+        group.release()
+        headers["Last-Event-ID"] = begun[-1][0]
+        async with client.stream("POST", urls[1], json=body, headers=headers) as stream:
+            assert stream.status_code == 200
+            rest_of_it = await _events(stream)
+        assert "".join(text for _, text in begun + rest_of_it) == expected_text(PROMPT, 7, 30)
+        assert rest_of_it[-1][0] == "30"
+        headers["Idempotency-Key"] = "another"
+        unknown = await client.post(urls[0], json=body, headers=headers)
+        assert unknown.status_code == 404
+        assert "send it anew" in unknown.json()["error"]["message"]

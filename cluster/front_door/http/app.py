@@ -23,13 +23,13 @@ from cluster.front_door.http.completions import CompletionStyle, without_output
 from cluster.front_door.http.connection import read_body, while_connected
 from cluster.front_door.http.faults import HttpFault, error_response
 from cluster.front_door.http.gather import gather
-from cluster.front_door.http.headers import RATE_LIMIT_HEADERS, Envelop, asker
+from cluster.front_door.http.headers import LAST_EVENT_ID, RATE_LIMIT_HEADERS, Envelop, asker
 from cluster.front_door.http.landing import landing_page
 from cluster.front_door.http.merge import open_all
 from cluster.front_door.http.parse import Body, check_content_type, parse
 from cluster.front_door.http.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from cluster.front_door.http.seam import DeskLike, HttpLimits
-from cluster.front_door.http.stream import Events, EventStream
+from cluster.front_door.http.stream import Events, EventStream, Marks
 from cluster.front_door.http.style import Envelope, Style, to_json
 from cluster.front_door.model_card import ModelCard
 from cluster.front_door.validate import check_model
@@ -166,13 +166,14 @@ class _Door:
     ) -> Response:
         if body.stream_options is not None and not body.stream:
             raise InvalidRequest("stream_options needs stream to be true", field="stream_options")
+        _check_held(body, calls)
         card = self._card(body.model)
         envelope = Envelope(id=id, model=card.name, created_s=int(self._clock()))
         chunks = open_all(self._desk, await settle(self._desk, card, calls))
         if isinstance(body, CompletionBody) and scores_only(body):
             chunks = without_output(chunks)
         if body.stream:
-            return EventStream(chunks, Events(envelope, style, body.stream_options))
+            return EventStream(chunks, Events(envelope, style, body.stream_options, marks=_marks(calls)))
         choices, usage = await while_connected(request.receive, gather(chunks))
         return _json(envelope.whole(style, choices, usage))
 
@@ -185,6 +186,27 @@ class _Door:
         card = next((card for card in cards if card.answers_to(name)), cards[0])
         check_model(name, card)
         return card
+
+
+def _check_held(body: ChatBody | CompletionBody, calls: Sequence[Call]) -> None:
+    """What a client holds, it can say of a stream that is one call."""
+    if not calls[0].held:
+        return
+    if not body.stream:
+        raise InvalidRequest(f"{LAST_EVENT_ID} needs stream to be true", field=LAST_EVENT_ID)
+    if len(calls) > 1:
+        raise InvalidRequest(f"{LAST_EVENT_ID} is for one prompt, not {len(calls)}", field=LAST_EVENT_ID)
+    num_choices = calls[0].sampling.n or 1
+    if len(calls[0].held) != num_choices:
+        found = f"{len(calls[0].held)} numbers, and the request has {num_choices} choices"
+        raise InvalidRequest(f"{LAST_EVENT_ID} has {found}", field=LAST_EVENT_ID)
+
+
+def _marks(calls: Sequence[Call]) -> Marks | None:
+    """Ids for the events of a request that can be gone on with."""
+    if len(calls) > 1 or not calls[0].idempotency_key:
+        return None
+    return Marks(calls[0].sampling.n or 1, calls[0].held)
 
 
 def _model_object(card: ModelCard) -> dict[str, object]:

@@ -23,6 +23,7 @@ class Asker:
     timeout_s: float | None = None
     traceparent: str = ""
     idempotency_key: str = ""
+    held: tuple[int, ...] = ()  # tokens of each choice that came with the stream that broke
 
 
 def completion_calls(body: CompletionBody, asker: Asker, limits: HttpLimits) -> tuple[Call, ...]:
@@ -146,6 +147,7 @@ def _call(
         sampling=sampling,
         request_id=request_id,
         idempotency_key=request_id if asker.idempotency_key else "",
+        held=asker.held,
         priority=body.priority or 0,
         client=asker.client,
         tenant=asker.client,

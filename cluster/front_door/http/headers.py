@@ -16,11 +16,13 @@ from cluster.front_door.http.connection import ClientGone
 from cluster.front_door.http.faults import error_response
 from cluster.front_door.http.seam import DeskLike
 
-__all__ = ["RATE_LIMIT_HEADERS", "Envelop", "asker"]
+__all__ = ["LAST_EVENT_ID", "RATE_LIMIT_HEADERS", "Envelop", "asker"]
 
 REQUEST_ID = "x-request-id"
 TIMEOUT = "x-request-timeout"
 IDEMPOTENCY_KEY = "idempotency-key"
+LAST_EVENT_ID = "last-event-id"
+_MOST_DIGITS = 9
 _MOST_ID_CHARS = 128
 RATE_LIMIT_HEADERS = tuple(
     f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")
@@ -73,7 +75,23 @@ def asker(request: Request, authenticate: Authenticate | None, desk: DeskLike) -
         timeout_s=_timeout_s(headers),
         traceparent=headers.get("traceparent", ""),
         idempotency_key=headers.get(IDEMPOTENCY_KEY, ""),
+        held=_held(headers),
     )
+
+
+def _held(headers: Headers) -> tuple[int, ...]:
+    """What the client has of a stream that broke, by the id of the last event that reached it."""
+    given = headers.get(LAST_EVENT_ID, "")
+    if not given:
+        return ()
+    if not headers.get(IDEMPOTENCY_KEY):
+        raise InvalidRequest(f"{LAST_EVENT_ID} needs the Idempotency-Key of the stream that broke", field=LAST_EVENT_ID)
+    numbers = given.split(",")
+    if not all(number.isascii() and number.isdigit() and len(number) <= _MOST_DIGITS for number in numbers):
+        raise InvalidRequest(
+            f"{LAST_EVENT_ID} must be the id of an event, such as 17, not {given[:40]!r}", field=LAST_EVENT_ID
+        )
+    return tuple(map(int, numbers))
 
 
 def _rate_limits(scope: Scope) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from starlette.responses import Response
@@ -16,16 +16,33 @@ from cluster.front_door.http.merge import Item
 from cluster.front_door.http.schema import StreamOptions
 from cluster.front_door.http.style import Envelope, Style, to_json
 
-__all__ = ["EventStream", "Events"]
+__all__ = ["EventStream", "Events", "Marks"]
 
 _DONE = "data: [DONE]\n\n"
+_END = "\n\n"  # of an event; JSON has no line feeds
+
+
+class Marks:
+    """Ids of events, by which a client can go on with a stream that broke: how many tokens of each choice it holds."""
+
+    def __init__(self, num_choices: int, held: Sequence[int]) -> None:
+        self._positions = [*held] if held else [0] * num_choices
+
+    def on(self, events: str, chunk: Chunk) -> str:
+        """The last of a chunk's events completes what it brings."""
+        self._positions[chunk.index] = chunk.position + len(chunk.token_ids)
+        before, separator, last = events.removesuffix(_END).rpartition(_END)
+        return f"{before}{separator}id: {','.join(map(str, self._positions))}\n{last}{_END}"
 
 
 class Events:
     """The events of one answer."""
 
-    def __init__(self, envelope: Envelope, style: Style, options: StreamOptions | None) -> None:
+    def __init__(
+        self, envelope: Envelope, style: Style, options: StreamOptions | None, *, marks: Marks | None = None
+    ) -> None:
         self._style = style
+        self._marks = marks
         self._head = envelope.head(style)
         self._with_usage = options is not None and bool(options.include_usage)
         self._with_each_usage = self._with_usage and options is not None and bool(options.continuous_usage_stats)
@@ -37,13 +54,17 @@ class Events:
 
     def of(self, at: int, chunk: Chunk) -> str:
         """What a chunk is to the client."""
+        events = self._of(at, chunk)
+        return events if self._marks is None else self._marks.on(events, chunk)
+
+    def _of(self, at: int, chunk: Chunk) -> str:
         key = (at, chunk.index)
-        first = key not in self._begun
+        first = chunk.position == 0 and key not in self._begun
         if not first and not self._with_each_usage and (plain := self._style.plain(at, chunk)) is not None:
             return f"{self._head}{plain}{self._tail}"
         if chunk.usage is not None:
             self._usage = add_usage(self._usage, chunk.usage)
-        extras = self._style.extras(chunk) if not self._begun else {}
+        extras = self._style.extras(chunk) if first and not self._begun else {}
         self._begun.add(key)
         tail = self._each_usage(at, chunk) if self._with_each_usage else self._tail
         if extras:

@@ -376,3 +376,18 @@ async def test_keys() -> None:
         good = {"Authorization": "bearer good"}
         assert (await client.post(COMPLETIONS, json={"prompt": "a"}, headers=good)).status_code == 200
         assert (desk.calls[0].client, desk.calls[0].tenant) == ("ann", "ann")
+
+
+async def test_the_id_of_an_event_must_fit_the_request(client: httpx.AsyncClient) -> None:
+    key = {"Idempotency-Key": "k"}
+    for headers, body, says in (
+        ({"Last-Event-ID": "3"}, {"stream": True}, "needs the Idempotency-Key"),
+        ({"Last-Event-ID": "-1", **key}, {"stream": True}, "must be the id of an event, such as 17, not '-1'"),
+        ({"Last-Event-ID": "1,x", **key}, {"stream": True}, "must be the id of an event"),
+        ({"Last-Event-ID": "3", **key}, {}, "needs stream to be true"),
+        ({"Last-Event-ID": "3", **key}, {"stream": True, "n": 2}, "has 1 numbers, and the request has 2 choices"),
+        ({"Last-Event-ID": "3", **key}, {"stream": True, "prompt": ["a", "b"]}, "is for one prompt, not 2"),
+    ):
+        error = _error(await client.post(COMPLETIONS, json={"prompt": "a", **body}, headers=headers), 400)
+        assert error["param"] == "last-event-id"
+        assert says in error["message"]

@@ -1,0 +1,245 @@
+"""What clients see while engines come and go: `python -m tests.integration.measure_rollout`.
+
+Serves a checkpoint of random weights, shaped as DeepSeek V3, in two engines of two DP groups that share their experts
+(`inference.deterministic`), keeps plain streams open all the while, and gives the orders of an operator one after the
+other. The clients neither retry nor resume: whatever goes wrong with a stream is a failed request. Every answer is
+compared with the undisturbed one, and the pauses are looked at operation by operation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from cluster.chaos.campaign import works
+from cluster.chaos.load import Load, StreamRecord, Work, reference
+from cluster.client.held import CHANNEL_OPTIONS
+from loadtest.peers.comparison import Figure, Findings, begin, deliver, progress
+from tests.checkpoints import tiny_deepseek
+from tests.integration.served import SHOAL, Served, serving
+
+_LONGEST_PAUSE_S = 1.0
+_SETTLE_S = 3.0
+_CONFIG = """
+parallel: {data: 2}
+inference: {deterministic: true, max_model_len: 1024}
+cluster: {engines: 2, max_engines: 4, drain_timeout_s: 20.0}
+"""
+_NEXT = "model: {{path: {model}}}\nparallel: {{data: 2}}\nresources: {{cache_size: 32MiB}}\n"
+_NEXT += "inference: {{deterministic: true, max_model_len: 1024{more}}}\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A command of an operator; `refused_with` is what a failure must say, empty where it must succeed."""
+
+    what: str
+    arguments: tuple[str, ...]
+    refused_with: str = ""
+    beside: Callable[[Served], Awaitable[None]] | None = None  # what happens meanwhile
+
+
+@dataclass(slots=True)
+class Done:
+    """An order that was carried out, and what its time showed."""
+
+    order: Order
+    began_s: float
+    ended_s: float = 0.0
+    lines: list[str] = field(default_factory=list)
+
+    def longest_pause_s(self, records: Sequence[StreamRecord]) -> float:
+        """Of the waits between two messages of a stream that reach into the order's time."""
+        return max((gap for record in records for gap in self._gaps(record)), default=0.0)
+
+    def longest_first_s(self, records: Sequence[StreamRecord]) -> float:
+        """Of the waits for a first token."""
+        first = [(r.started_s, r.arrivals[0][0]) for r in records if r.arrivals]
+        return max((end - start for start, end in first if self._touches(start, end)), default=0.0)
+
+    def _gaps(self, record: StreamRecord) -> list[float]:
+        times = [at_s for at_s, _ in record.arrivals]
+        pairs = itertools.pairwise(times)
+        return [end - start for start, end in pairs if self._touches(start, end)]
+
+    def _touches(self, start_s: float, end_s: float) -> bool:
+        return end_s >= self.began_s and start_s <= self.ended_s
+
+
+def orders(folder: Path, model: Path) -> tuple[Order, ...]:
+    """In the order in which they are given."""
+    config = _config(folder, "next", model)
+    slow = _config(folder, "slow", model, more=", max_batch_size: 1")
+    broken = _config(folder, "broken", _cut_short(folder / "broken", model))
+    watch = ("--watch-s", "5", "--max-slowdown", "20")
+    canary = ("--strategy", "canary", "--weight", "0.3", *watch)
+    return (
+        Order("nothing", ()),
+        Order("scale up", ("scale", "3")),
+        Order("drain of a rank", ("drain", "engine-0/rank-1", "--timeout-s", "2")),
+        Order("its end", ("drain", "engine-0/rank-1", "--undo")),
+        Order("drain of an engine", ("drain", "engine-0", "--timeout-s", "2")),
+        Order("rolling update", ("rollout", config, "--version", "2", *watch)),
+        Order("blue-green", ("rollout", config, "--version", "3", "--strategy", "blue-green", *watch)),
+        Order("canary", ("rollout", config, "--version", "4", *canary)),
+        Order(
+            "canary that is slow, taken back",
+            ("rollout", slow, "--version", "slow", *canary[:4], "--watch-s", "60", "--max-slowdown", "4"),
+            refused_with="the first token takes",
+        ),
+        Order(
+            "canary that crashes, taken back",
+            ("rollout", config, "--version", "crash", *canary[:4], "--watch-s", "60", "--max-slowdown", "20"),
+            refused_with="was taken back",
+            beside=_crash,
+        ),
+        Order(
+            "version that cannot be loaded, taken back",
+            ("rollout", broken, "--version", "broken", *watch),
+            refused_with="was taken back",
+        ),
+        Order("scale down", ("scale", "1")),
+    )
+
+
+def _config(folder: Path, name: str, model: Path, *, more: str = "") -> str:
+    path = folder / f"{name}.yaml"
+    path.write_text(_NEXT.format(model=model, more=more))
+    return str(path)
+
+
+def _cut_short(folder: Path, model: Path) -> Path:
+    """The model, as an interrupted copy leaves it."""
+    shutil.copytree(model, folder)
+    (weights,) = folder.glob("*.safetensors")
+    os.truncate(weights, weights.stat().st_size // 2)
+    return folder
+
+
+async def _crash(served: Served) -> None:
+    """Kills a rank of the canary each time there is one that answers."""
+    while True:
+        status = await asyncio.to_thread(served.status)
+        for engine in status.engines:
+            if engine.version == "crash" and any(group.num_running for group in engine.dp_groups):
+                os.kill(engine.ranks[0].pid, signal.SIGKILL)
+                return
+        await asyncio.sleep(0.1)
+
+
+async def _give(order: Order, served: Served) -> Done:
+    """Carries an order out under the load that is running. Raises RuntimeError where it goes otherwise than it must."""
+    done = Done(order, time.monotonic())
+    if not order.arguments:
+        await asyncio.sleep(2 * _SETTLE_S)
+    else:
+        address = ("--address", f"127.0.0.1:{served.port}")
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(*SHOAL, *order.arguments, *address, stdout=pipe, stderr=pipe)
+        beside = asyncio.create_task(order.beside(served)) if order.beside is not None else None
+        out, errors = (each.decode() for each in await process.communicate())
+        if beside is not None:
+            beside.cancel()
+            await asyncio.gather(beside, return_exceptions=True)
+        done.lines = (out + errors).splitlines()
+        if (process.returncode != 0) != bool(order.refused_with) or order.refused_with not in errors:
+            raise RuntimeError(f"{order.what}: {process.returncode}: {out}{errors}\n{served.output[-4000:]}")
+    done.ended_s = time.monotonic()
+    return done
+
+
+async def run(
+    served: Served, asked: Sequence[Order], num_streams: int
+) -> tuple[list[Done], Load, Mapping[Work, list[int]]]:
+    """All orders under one load."""
+
+    def connect() -> grpc.aio.Channel:
+        return grpc.aio.insecure_channel(f"127.0.0.1:{served.port}", options=CHANNEL_OPTIONS)
+
+    some = works(8, 120, seed=1)
+    expected = await reference(connect, some, ())
+    load = Load(connect, some, num_streams=num_streams, patience_s=0.0)
+    running = asyncio.create_task(load.run())
+    done = []
+    try:
+        await asyncio.sleep(_SETTLE_S)
+        for order in asked:
+            done.append(await _give(order, served))
+            took_s = done[-1].ended_s - done[-1].began_s
+            pause_s = done[-1].longest_pause_s(load.records)
+            progress(f"{order.what}: {took_s:.1f} s, longest pause {pause_s:.2f} s")
+            for line in done[-1].lines:
+                progress(f"    {line}")
+    finally:
+        load.stop()
+        await running
+    return done, load, expected
+
+
+def findings(done: Sequence[Done], load: Load, expected: Mapping[Work, list[int]]) -> Findings:
+    """Rows by order: what it took, and the longest pause."""
+    failed = [record for record in load.records if not record.finished]
+    other = [record for record in load.records if record.finished and record.token_ids != expected[record.work]]
+    for record in failed:
+        progress(f"failed: {record.error or record.broken}")
+    figures = [
+        Figure(what="requests that failed, of all", unit="requests", ours=(len(failed),), goal=0, goal_is_most=True),
+        Figure(what="answers other than undisturbed", unit="requests", ours=(len(other),), goal=0, goal_is_most=True),
+    ]
+    for each in done:
+        figures += _rows(each, load.records)
+    return Findings(
+        title="Engines that come and go under load",
+        peer="",
+        figures=tuple(figures),
+        facts={
+            "model": "random weights in DeepSeek-V3's form, three layers; engines of two DP groups that share experts",
+            "requests": f"{len(load.records)}, plain streams that neither retry nor resume",
+            "the machine meanwhile": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}",
+        },
+    )
+
+
+def _rows(done: Done, records: Sequence[StreamRecord]) -> list[Figure]:
+    what = done.order.what
+    pause = Figure(
+        what=f"{what}: longest pause of a stream",
+        unit="s",
+        ours=(done.longest_pause_s(records),),
+        goal=_LONGEST_PAUSE_S if done.order.arguments and done.order.beside is None else None,
+        goal_is_most=True,
+    )
+    first = Figure(what=f"{what}: longest wait for a first token", unit="s", ours=(done.longest_first_s(records),))
+    took = Figure(what=f"{what}: it took", unit="s", ours=(done.ended_s - done.began_s,))
+    return [pause, first, took]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--only", help="only the orders whose names contain this")
+    options = begin(parser)
+    with tempfile.TemporaryDirectory(prefix="rollout-") as name:
+        folder = Path(name)
+        model = tiny_deepseek(folder / "tiny", max_position_embeddings=1024)
+        asked = [order for order in orders(folder, model) if options.only is None or options.only in order.what]
+        with serving(model, config=_CONFIG) as served:
+            found = findings(*asyncio.run(run(served, asked, options.streams)))
+    deliver(found, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
