@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class Order:
     what: str
     arguments: tuple[str, ...]
     refused_with: str = ""
-    beside: Callable[[Served], Awaitable[None]] | None = None  # what happens meanwhile
+    beside: Callable[[Served], Coroutine[None, None, None]] | None = None  # what happens meanwhile
 
 
 @dataclass(slots=True)
@@ -62,17 +62,22 @@ class Done:
 
     def longest_pause_s(self, records: Sequence[StreamRecord]) -> float:
         """Of the waits between two messages of a stream that reach into the order's time."""
-        return max((gap for record in records for gap in self._gaps(record)), default=0.0)
+        return self.pauses(records)[0][0]
+
+    def pauses(self, records: Sequence[StreamRecord]) -> list[tuple[float, float]]:
+        """These waits, the longest first, and when in the order's time each began."""
+        gaps = [gap for record in records for gap in self._gaps(record)]
+        return sorted(gaps, reverse=True) or [(0.0, 0.0)]
 
     def longest_first_s(self, records: Sequence[StreamRecord]) -> float:
         """Of the waits for a first token."""
         first = [(r.started_s, r.arrivals[0][0]) for r in records if r.arrivals]
         return max((end - start for start, end in first if self._touches(start, end)), default=0.0)
 
-    def _gaps(self, record: StreamRecord) -> list[float]:
+    def _gaps(self, record: StreamRecord) -> list[tuple[float, float]]:
         times = [at_s for at_s, _ in record.arrivals]
         pairs = itertools.pairwise(times)
-        return [end - start for start, end in pairs if self._touches(start, end)]
+        return [(end - start, start - self.began_s) for start, end in pairs if self._touches(start, end)]
 
     def _touches(self, start_s: float, end_s: float) -> bool:
         return end_s >= self.began_s and start_s <= self.ended_s
@@ -106,9 +111,9 @@ def orders(folder: Path, model: Path) -> tuple[Order, ...]:
             beside=_crash,
         ),
         Order(
-            "version that cannot be loaded, taken back",
+            "version whose weights are cut short, refused",
             ("rollout", broken, "--version", "broken", *watch),
-            refused_with="was taken back",
+            refused_with="is truncated",
         ),
         Order("scale down", ("scale", "1")),
     )
@@ -178,8 +183,10 @@ async def run(
         for order in asked:
             done.append(await _give(order, served))
             took_s = done[-1].ended_s - done[-1].began_s
-            pause_s = done[-1].longest_pause_s(load.records)
-            progress(f"{order.what}: {took_s:.1f} s, longest pause {pause_s:.2f} s")
+            pauses = ", ".join(
+                f"{pause_s:.2f} s at {at_s:.1f} s" for pause_s, at_s in done[-1].pauses(load.records)[:5]
+            )
+            progress(f"{order.what}: {took_s:.1f} s; longest pauses: {pauses}")
             for line in done[-1].lines:
                 progress(f"    {line}")
     finally:
