@@ -61,54 +61,13 @@ class Membership:
             spread_experts=spread_experts,
             timeout_s=timeout_s,
         )
-
-        def reach(other: int, name: int = rank) -> socket.socket:
-            address = by_rank[other]
-            return connect(
-                address.host,
-                address.plan_port,
-                rank=name,
-                generation=generation,
-                secret=secret,
-                timeout_s=timeout_s,
-            )
-
-        plan = settings.plan
-        group = plan.group(plan.place(rank).dp_group)
-        first, sampling = group.start, plan.sampling_rank(plan.place(rank).dp_group)
-        way_back = plan.num_ranks + sampling  # a name that no rank has
-        connections: dict[int, socket.socket] = {}
+        meeting = _Meeting(settings, rank, by_rank, generation, secret, timeout_s)
         try:
-            if rank != first:
-                receiver = PlanReceiver(generation, reach(first))
-                samples = rank == sampling
-                return cls(groups, receiver=receiver, answers=ResultSender(reach(first, way_back)) if samples else None)
-            followers = set(group[1:])
-            firsts = {other for other in by_rank if plan.place(other).first_in_group} if spread_experts else {first}
-            # Each first rank connects to those before it and then waits for those behind it: none waits in a circle.
-            for other in sorted(firsts):
-                if other < first:
-                    connections[other] = reach(other)
-            later = followers | {other for other in firsts if other > first}
-            if sampling != first:
-                later.add(way_back)
-            if later:
-                assert listener is not None
-                connections |= listener.accept(later, generation=generation, secret=secret, timeout_s=timeout_s)
+            return meeting.lead(groups, listener, spread_experts) if meeting.first == rank else meeting.follow(groups)
         except BaseException:
-            for connection in connections.values():
-                connection.close()
+            meeting.close()
             groups.close()
             raise
-        _quicken(settings, by_rank, rank, connections.values())
-        found = {other: connections.pop(other) for other in followers}
-        back = connections.pop(way_back, None)
-        return cls(
-            groups,
-            sender=PlanSender(generation, found) if found else None,
-            companions=connections,
-            results=None if back is None else ResultReceiver(generation, back),
-        )
 
     def watch(self, settings: EngineSettings, on_gone: Callable[[str], None]) -> PeerWatch:
         """A watch over the other ranks of the group, not yet started."""
@@ -142,6 +101,79 @@ class Membership:
             return f"rank {', '.join(map(str, ranks))} has gone" if ranks else None
         assert self.receiver is not None
         return "the first rank has gone" if self.receiver.hung_up(timeout_s) else None
+
+
+class _Meeting:
+    """The connections of one rank in one generation; `first` leads its group, `sampling` closes its pipeline."""
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        rank: int,
+        addresses: Mapping[int, RankAddress],
+        generation: int,
+        secret: bytes,
+        timeout_s: float,
+    ) -> None:
+        self._settings = settings
+        self._rank = rank
+        self._addresses = addresses
+        self._generation = generation
+        self._secret = secret
+        self._timeout_s = timeout_s
+        plan = settings.plan
+        self._group = plan.group(plan.place(rank).dp_group)
+        self.first = self._group.start
+        self._sampling = plan.sampling_rank(plan.place(rank).dp_group)
+        self._way_back = plan.num_ranks + self._sampling  # a name that no rank has
+        self._made: list[socket.socket] = []
+
+    def follow(self, groups: Groups) -> Membership:
+        receiver = PlanReceiver(self._generation, self._reach(self.first, self._rank))
+        if self._rank != self._sampling:
+            return Membership(groups, receiver=receiver)
+        return Membership(groups, receiver=receiver, answers=ResultSender(self._reach(self.first, self._way_back)))
+
+    def lead(self, groups: Groups, listener: PlanListener | None, spread_experts: bool) -> Membership:
+        """Each first rank connects to those before it and then waits for those behind it: none waits in a circle."""
+        plan, first = self._settings.plan, self.first
+        followers = set(self._group[1:])
+        others = {other for other in self._addresses if plan.place(other).first_in_group} if spread_experts else set()
+        connections = {other: self._reach(other, first) for other in sorted(others) if other < first}
+        later = followers | {other for other in others if other > first}
+        if self._sampling != first:
+            later.add(self._way_back)
+        if later:
+            assert listener is not None
+            came = listener.accept(later, generation=self._generation, secret=self._secret, timeout_s=self._timeout_s)
+            self._made.extend(came.values())
+            connections |= came
+        _quicken(self._settings, self._addresses, first, connections.values())
+        found = {other: connections.pop(other) for other in followers}
+        back = connections.pop(self._way_back, None)
+        return Membership(
+            groups,
+            sender=PlanSender(self._generation, found) if found else None,
+            companions=connections,
+            results=None if back is None else ResultReceiver(self._generation, back),
+        )
+
+    def close(self) -> None:
+        for connection in self._made:
+            connection.close()
+
+    def _reach(self, other: int, name: int) -> socket.socket:
+        address = self._addresses[other]
+        connection = connect(
+            address.host,
+            address.plan_port,
+            rank=name,
+            generation=self._generation,
+            secret=self._secret,
+            timeout_s=self._timeout_s,
+        )
+        self._made.append(connection)
+        return connection
 
 
 def _quicken(
