@@ -6,13 +6,14 @@ kernel, so that a step's shapes are those of its batch alone and can be recorded
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from workers.cache import LayerCache
 from workers.kernels import paged
+from workers.kernels.flash_mla import BLOCK_SIZE, FlashMLA, takes
 from workers.kernels.libraries import Library, found
 from workers.kernels.reference import ReferenceKernels
 from workers.step import DecodeGroup
@@ -27,26 +28,53 @@ class CudaKernels(ReferenceKernels):
 
     def __init__(self, libraries: Mapping[str, Library] | None = None) -> None:
         libraries = found() if libraries is None else libraries
+        hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
         self._flash: Any = None
-        self._attend_paged = paged.attend_paged
-        prompts = decoding = "torch"
+        self._flash_mla: FlashMLA | None = None
+        self._attend_paged: Callable[..., torch.Tensor] = paged.attend_paged
+        self._attend_latent: Callable[..., torch.Tensor] = paged.attend_latent_paged
+        prompts = decoding = latents = "torch"
         if "flash-attn" in libraries:
             from flash_attn import flash_attn_func
 
             self._flash = flash_attn_func
             prompts = str(libraries["flash-attn"])
         if "triton" in libraries:
-            from workers.kernels import triton_paged
+            from workers.kernels import triton_latent, triton_paged
 
-            self._attend_paged = triton_paged.attend_paged
-            decoding = str(libraries["triton"])
+            self._attend_paged, self._attend_latent = triton_paged.attend_paged, triton_latent.attend_latent_paged
+            decoding = latents = str(libraries["triton"])
+        if "FlashMLA" in libraries and hopper:
+            import flash_mla
+
+            self._flash_mla = FlashMLA(flash_mla)
+            latents = f"{libraries['FlashMLA']} where inference.block_size is {BLOCK_SIZE}, else {latents}"
         self.groups_experts = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-        self.description = f"torch; attention: {prompts} for prompts, {decoding} for decoding"
+        self.description = f"torch; attention: {prompts} for prompts, {decoding} for decoding, {latents} from latents"
         if self.groups_experts:
             self.description += "; experts: torch's grouped product"
 
     def ragged(self, width: int) -> bool:
         return True
+
+    def ragged_latent(self, row: int, rank: int) -> bool:
+        return True
+
+    def attend_latent(
+        self, q: torch.Tensor, cache: LayerCache, group: DecodeGroup, rank: int, scale: float
+    ) -> torch.Tensor:
+        attend = self._attend_latent
+        if self._flash_mla is not None and takes(q.shape[2], rank, cache.block_size, q.dtype):
+            attend = self._flash_mla
+        return attend(
+            q,
+            cache.slots,
+            group.block_ids.view(len(q), -1),
+            group.lengths,
+            block_size=cache.block_size,
+            rank=rank,
+            scale=scale,
+        )
 
     def attend_cached(
         self, q: torch.Tensor, cache: LayerCache, group: DecodeGroup, kv_heads: int, width: int

@@ -13,6 +13,7 @@ __all__ = ["Library", "found"]
 _KNOWN = {
     "flash-attn": ("flash_attn", "flash-attn"),  # prompts
     "triton": ("triton", "triton"),  # decoding from the paged cache
+    "FlashMLA": ("flash_mla", "flash_mla"),  # decoding from the paged cache of latents
     "DeepEP": ("deep_ep", "deep_ep"),  # expert dispatch
 }
 

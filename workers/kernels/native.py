@@ -19,6 +19,7 @@ from workers.cache import LayerCache
 from workers.kernels.build import library_path
 from workers.kernels.cpu import PackedKernels
 from workers.kernels.few_rows import FewRows
+from workers.kernels.latent import HeadProjections
 from workers.kernels.quantized import Weight
 from workers.kernels.seam import GatedLinear, Linear, Norm
 from workers.step import DecodeGroup
@@ -97,6 +98,7 @@ class NativeKernels(PackedKernels):
         super().__init__()
         self._library = library
         self._few_rows = FewRows(library_path())
+        self._head_projections = HeadProjections(library_path())
 
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
         return self._few_rows.linear(weight, bias) or super().linear(weight, bias)
@@ -145,6 +147,10 @@ class NativeKernels(PackedKernels):
             torch.get_num_threads(),
         )
         return refined
+
+    def per_head(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        found = self._head_projections(x, weight)
+        return super().per_head(x, weight) if found is None else found
 
     def ragged(self, width: int) -> bool:
         return bool(self._library.shoal_attends(width))

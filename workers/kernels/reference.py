@@ -106,6 +106,18 @@ class ReferenceKernels:
         k, v = kept.as_strided(shape, strides, 0), kept.as_strided(shape, strides, kv_heads * width)
         return self.attend_decode(heads, k, v, group.mask)
 
+    def ragged_latent(self, row: int, rank: int) -> bool:
+        return False
+
+    def attend_latent(
+        self, q: torch.Tensor, cache: LayerCache, group: DecodeGroup, rank: int, scale: float
+    ) -> torch.Tensor:
+        sequences, heads, row = q.shape
+        kept = cache.read(group.block_ids).view(sequences, 1, -1, row)[:, :, : group.context]
+        # The whole row serves as value, because fast kernels want values as wide as keys; its key is cut off after.
+        sums = self.attend_decode(q.unsqueeze(1), kept, kept, group.mask, scale)
+        return sums.view(sequences, heads, row)[..., :rank]
+
     def attend_decode(
         self,
         q: torch.Tensor,

@@ -119,6 +119,19 @@ class Kernels(Protocol):
         """
         ...
 
+    def ragged_latent(self, row: int, rank: int) -> bool:
+        """The same of `attend_latent`, for cache rows of `row` elements with a latent of `rank`."""
+        ...
+
+    def attend_latent(
+        self, q: torch.Tensor, cache: LayerCache, group: DecodeGroup, rank: int, scale: float
+    ) -> torch.Tensor:
+        """A decode group's absorbed latent attention: q [B, H, row] gives [B, H, rank].
+
+        A cache row is the key of all heads, and its first `rank` elements are their value. `scale` is on the scores.
+        """
+        ...
+
     def attend_decode(
         self,
         q: torch.Tensor,

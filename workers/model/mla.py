@@ -115,7 +115,7 @@ class LatentAttention:
         self._kernels = kernels
         self._expands = expands
         self.cache_row = mla.cache_row
-        self.ragged = False
+        self.ragged = kernels.ragged_latent(mla.cache_row, mla.kv_rank)
 
     def __call__(
         self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], step: StepTensors, cache: LayerCache
@@ -141,19 +141,17 @@ class LatentAttention:
         return self._out.plus(parts[0] if len(parts) == 1 else torch.cat(parts), x)
 
     def _decode(self, q_THD: torch.Tensor, groups: tuple[DecodeGroup, ...], cache: LayerCache) -> torch.Tensor:
-        q = self._absorb(q_THD).unsqueeze(1)
-        parts = []
-        for group in groups:
-            kept = cache.read(group.block_ids).view(group.stop - group.start, 1, -1, self.cache_row)
-            kept = kept[:, :, : group.context]
-            # The whole row serves as value, because fast kernels want values as wide as keys; its key is cut off after.
-            part = self._kernels.attend_decode(q[group.start : group.stop], kept, kept, group.mask, self._scale)
-            parts.append(part)
+        q = self._absorb(q_THD)
+        parts = [
+            self._kernels.attend_latent(q[group.start : group.stop], cache, group, self._mla.kv_rank, self._scale)
+            for group in groups
+        ]
         return self._raise(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def _absorbed(self, q_THD: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         q, kept = _heads_first(self._absorb(q_THD)), _heads_first(kept.unsqueeze(1))
-        return self._raise(self._kernels.attend_prefill(q, kept, kept, mask, self._scale))
+        sums = self._kernels.attend_prefill(q, kept, kept, mask, self._scale)
+        return self._raise(sums.view(len(sums), -1, self.cache_row)[..., : self._mla.kv_rank])
 
     def _absorb(self, q_THD: torch.Tensor) -> torch.Tensor:
         """Queries that attend to cache rows [T, H, L + R]."""
@@ -161,10 +159,9 @@ class LatentAttention:
         q_THL = self._kernels.per_head(q_THD[..., :nope], self._w_uk)
         return torch.cat((q_THL, q_THD[..., nope:]), dim=-1)
 
-    def _raise(self, sums: torch.Tensor) -> torch.Tensor:
-        """Values [T, H * V] of the heads' sums over cache rows [T, H * (L + R)]."""
-        sums_THL = sums.view(len(sums), -1, self.cache_row)[..., : self._mla.kv_rank]
-        return self._kernels.per_head(sums_THL, self._w_uv.transpose(1, 2)).reshape(len(sums), -1)
+    def _raise(self, sums_THL: torch.Tensor) -> torch.Tensor:
+        """Values [T, H * V] of the heads' sums over latents."""
+        return self._kernels.per_head(sums_THL, self._w_uv.transpose(1, 2)).reshape(len(sums_THL), -1)
 
     def _expanded(self, q_THD: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         num_heads = len(self._w_uk)

@@ -104,6 +104,6 @@ def test_what_is_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_gpu_gets_its_kernels_and_they_say_what_they_are() -> None:
-    assert CudaKernels({}).description == "torch; attention: torch for prompts, torch for decoding"
+    assert CudaKernels({}).description == "torch; attention: torch for prompts, torch for decoding, torch from latents"
     if find_spec("flash_attn") is None:
         assert isinstance(select_kernels(torch.device("cuda"), torch.bfloat16), CudaKernels)
