@@ -11,7 +11,7 @@ from typing import Any, Literal
 import ray
 
 from cluster import logs
-from cluster.app.names import NAMESPACE, ROSTER
+from cluster.app.names import NAMESPACE, ON_HEAD, ROSTER
 from cluster.app.reap import reap_engine
 from cluster.orders import News, Order, Orders
 from cluster.roster import Claim, EngineReport, FrontDoorReport, Roster, Snapshot
@@ -131,6 +131,7 @@ def start_roster(log_level: str) -> Any:
         "get_if_exists": True,
         "max_restarts": -1,
         "num_cpus": 0,
+        "resources": ON_HEAD,
         "max_concurrency": 1000,
     }
     return ray.remote(RosterActor).options(**options).remote(log_level)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections.abc import AsyncIterator
 from typing import Any
@@ -177,11 +178,13 @@ def _traffic(link: Link) -> GroupTraffic:
 
 
 def front_door_deployment(spec: ClusterSpec) -> Any:
-    """The deployment, to be bound."""
+    """The deployment, to be bound. Nodes have equally many front doors: whichever is lost, others have one."""
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
     return serve.deployment(
         FrontDoor,
         name="FrontDoor",
         num_replicas=spec.front_doors,
+        max_replicas_per_node=math.ceil(spec.front_doors / num_nodes) if num_nodes > 1 else None,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=2.0,
         health_check_timeout_s=10.0,

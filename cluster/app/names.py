@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-__all__ = ["APP", "NAMESPACE", "ROSTER", "app_name", "engine_names", "placement_name", "rank_name", "rank_prefix"]
+__all__ = [
+    "APP",
+    "NAMESPACE",
+    "ON_HEAD",
+    "ROSTER",
+    "app_name",
+    "engine_names",
+    "placement_name",
+    "rank_name",
+    "rank_prefix",
+]
 
 NAMESPACE = "shoal"
 APP = "shoal"
 ROSTER = "roster"
+
+ON_HEAD = {"node:__internal_head__": 0.001}
+"""Resources that only the head's node has: leaders and roster are where Serve's controller is, so that any other host
+may be lost without waiting for a new one of them. Without the head there is no Ray to lead with, either."""
 
 
 def engine_names(count: int) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Faults one after the other while a load runs: each is waited for until the cluster is whole again."""
+"""Faults while a load runs: each is waited for until the cluster is whole again, but for those that are to overlap."""
 
 from __future__ import annotations
 
@@ -6,33 +6,29 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import grpc
-
+from cluster.chaos.doors import ChaosError, Doors
+from cluster.chaos.injector import AdminInjector, Harm, Injector, Process, processes_there
 from cluster.chaos.load import Load, Work, reference
 from cluster.chaos.schedule import Fault, Plan, draw
 from cluster.chaos.verdict import Hit, Verdict, verdict
-from cluster.client.held import CHANNEL_OPTIONS
-from protos.shoal.v1 import admin_pb2, admin_pb2_grpc
+from protos.shoal.v1 import admin_pb2
 
-__all__ = ["Campaign", "ChaosError", "run", "works"]
+__all__ = ["Campaign", "ChaosError", "run", "spared", "whole", "works"]
 
-_CALL_S = 10.0
-_LOOK_S = 0.2
-_SETTLE_S = 3.0  # of load alone, before the first fault and behind the last
-_TRIES = 30
-
-
-class ChaosError(Exception):
-    """The campaign cannot go on; the message is for the user."""
+_LOOK_S = 0.25
+_SETTLE_S = 5.0  # of load alone, before the first fault and behind the last
+_OVERLAP_GAP_S = (0.3, 4.0)
+_LEAST_GROUPS = 2  # that live behind a fault which comes while the cluster is not whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Campaign:
-    """`gap_s` is between a cluster that is whole again and the next fault: drawn evenly from this range."""
+    """`addresses` are the front doors'. `gap_s` is between a cluster that is whole again and the next fault: drawn
+    evenly from this range. `limits_s` are goals for the 99th percentile of pauses, by the label of a fault."""
 
-    address: str
+    addresses: Sequence[str]
     api_key: str
     plan: Plan
     num_faults: int
@@ -42,13 +38,7 @@ class Campaign:
     gap_s: tuple[float, float] = (0.5, 3.0)
     heal_timeout_s: float = 120.0
     verify: bool = True
-
-    @property
-    def metadata(self) -> Sequence[tuple[str, str]]:
-        return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
-
-    def connect(self) -> grpc.aio.Channel:
-        return grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+    limits_s: Mapping[str, float] = field(default_factory=dict)
 
 
 def works(count: int, num_tokens: int, seed: int) -> tuple[Work, ...]:
@@ -65,131 +55,165 @@ def works(count: int, num_tokens: int, seed: int) -> tuple[Work, ...]:
     )
 
 
-async def run(campaign: Campaign, tell: Callable[[str], None]) -> Verdict:
+async def run(
+    campaign: Campaign, tell: Callable[[str], None], *, injector: Callable[[Doors], Injector] = AdminInjector
+) -> Verdict:
     """Raises ChaosError."""
-    status = await _status(campaign)
+    doors = Doors(campaign.addresses, campaign.api_key)
+    before = await doors.status()
     expected = None
     if campaign.verify:
         tell(f"asking {len(campaign.works)} requests undisturbed")
         try:
-            expected = await reference(campaign.connect, campaign.works, campaign.metadata)
+            expected = await reference(doors.connect, campaign.works, doors.metadata)
         except RuntimeError as error:
             raise ChaosError(str(error)) from None
-    load = Load(campaign.connect, campaign.works, num_streams=campaign.num_streams, metadata=campaign.metadata)
+    load = Load(doors.connect, campaign.works, num_streams=campaign.num_streams, metadata=doors.metadata)
     began_s = time.monotonic()
     running = asyncio.create_task(load.run())
-    hits: list[Hit] = []
+    faults = _Faults(campaign, doors, injector(doors), before, tell)
+    stopped = ""
     try:
         await asyncio.sleep(_SETTLE_S)
-        await _faults(campaign, status, hits, tell)
+        await faults.run()
         await asyncio.sleep(_SETTLE_S)
+    except ChaosError as error:
+        if not faults.hits:
+            raise
+        stopped = str(error)  # what was seen until then is still worth telling
     finally:
         ended_s = time.monotonic()
         load.stop()
         tell("finishing the open streams")
         await running
-    return verdict(load.records, hits, seed=campaign.seed, began_s=began_s, ended_s=ended_s, expected=expected)
-
-
-async def _faults(
-    campaign: Campaign, before: admin_pb2.StatusResponse, hits: list[Hit], tell: Callable[[str], None]
-) -> None:
-    rng = random.Random(campaign.seed)  # noqa: S311 - repeatable, keeps no secret
-    for number in range(1, campaign.num_faults + 1):
-        status = await _status(campaign)
-        try:
-            fault = draw(campaign.plan, rng, targets(status))
-        except ValueError as error:
-            raise ChaosError(str(error)) from None
-        at_s = time.monotonic()
-        pids, trouble = await _inject(campaign, fault)
-        healed_s = await _healed(campaign, before, fault, at_s, pids)
-        hits.append(Hit(fault, at_s, healed_s, trouble))
-        what = f"{fault.kind} {', '.join(fault.targets)}"
-        if healed_s is None:
-            limit = f"{campaign.heal_timeout_s:g} s"
-            raise ChaosError(f"the cluster is not whole {limit} after {what}" + f"; {trouble}" * bool(trouble))
-        tell(f"{number} of {campaign.num_faults}: {what}: whole again after {healed_s - at_s:.1f} s {trouble}")
-        await asyncio.sleep(rng.uniform(*campaign.gap_s))
-
-
-def targets(status: admin_pb2.StatusResponse) -> Mapping[str, Sequence[str]]:
-    """Who is there, by role."""
-    return {
-        "rank": [f"{engine.name}/rank-{rank.rank}" for engine in status.engines for rank in engine.ranks],
-        "leader": [f"{engine.name}/leader" for engine in status.engines],
-        "engine": [engine.name for engine in status.engines],
-        "front-door": [f"front-door/{door.id}" for door in status.front_doors],
-        "controller": ["controller"],
-        "roster": ["roster"],
-    }
-
-
-def whole(now: admin_pb2.StatusResponse, before: admin_pb2.StatusResponse, gone: frozenset[int]) -> bool:
-    """Whether everything is there that was, ready, and nothing of what was killed is still counted."""
-    engines_ready = [engine.state == "ready" for engine in now.engines]
-    doors = [len(door.dp_groups) for door in now.front_doors]
-    groups = sum(len(engine.dp_groups) for engine in now.engines)
-    pids = {rank.pid for engine in now.engines for rank in engine.ranks}
-    pids |= {engine.leader_pid for engine in now.engines} | {door.pid for door in now.front_doors}
-    return (
-        all(engines_ready)
-        and len(engines_ready) == len(before.engines)
-        and len(doors) == len(before.front_doors)
-        and all(count == groups for count in doors)
-        and not pids & gone
+    return verdict(
+        load.records,
+        faults.hits,
+        seed=campaign.seed,
+        began_s=began_s,
+        ended_s=ended_s,
+        expected=expected,
+        limits_s=campaign.limits_s,
+        stopped=stopped,
     )
 
 
-async def _healed(
-    campaign: Campaign, before: admin_pb2.StatusResponse, fault: Fault, at_s: float, pids: frozenset[int]
-) -> float | None:
-    """When the cluster was whole again; None where it took too long."""
-    gone = pids if fault.kind == "kill" and fault.role in ("rank", "leader", "front-door", "engine") else frozenset()
-    while time.monotonic() < at_s + campaign.heal_timeout_s:
-        await asyncio.sleep(_LOOK_S)
+class _Faults:
+    """One after the other; those that are to overlap come while the cluster still closes up or fills up again."""
+
+    def __init__(
+        self,
+        campaign: Campaign,
+        doors: Doors,
+        injector: Injector,
+        before: admin_pb2.StatusResponse,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._campaign = campaign
+        self._doors = doors
+        self._injector = injector
+        self._before = before
+        self._tell = tell
+        self._rng = random.Random(campaign.seed)  # noqa: S311 - repeatable, keeps no secret
+        self._healing: dict[asyncio.Task[None], frozenset[Process]] = {}
+        self.hits: list[Hit] = []
+
+    async def run(self) -> None:
         try:
-            status = await _status(campaign, tries=1)
-        except ChaosError:
-            continue
-        now_s = time.monotonic()
-        if whole(status, before, gone) and now_s >= at_s + fault.duration_s:
-            return now_s
-    return None
+            for _ in range(self._campaign.num_faults):
+                await self._next()
+            await self._all_healed()
+        finally:
+            for task in self._healing:
+                task.cancel()
+            await asyncio.gather(*self._healing, return_exceptions=True)
 
+    async def _next(self) -> None:
+        status = await self._doors.status()
+        fault = self._draw(status)
+        if fault is None:
+            await self._all_healed()
+            status = await self._doors.status()
+            fault = self._draw(status)
+        if fault is None:
+            raise ChaosError("none of those that the plan names is there to be hit")
+        hit = Hit(fault, time.monotonic(), overlaps=bool(self._healing))
+        self.hits.append(hit)
+        harm = await self._injector.inject(fault, status)
+        hit.error = harm.trouble
+        task = asyncio.create_task(self._heal(hit, harm, len(self.hits)))
+        self._healing[task] = harm.gone
+        if self._rng.random() < self._campaign.plan.overlap:
+            await asyncio.sleep(self._rng.uniform(*_OVERLAP_GAP_S))
+            await self._raise_failed()
+        else:
+            await self._all_healed()
+            await asyncio.sleep(self._rng.uniform(*self._campaign.gap_s))
 
-async def _inject(campaign: Campaign, fault: Fault) -> tuple[frozenset[int], str]:
-    """Hits all targets; the processes, and what went wrong."""
-    requests = [
-        admin_pb2.InjectRequest(fault=fault.kind, target=target, duration_s=fault.duration_s, share=fault.share)
-        for target in fault.targets
-    ]
-    async with campaign.connect() as channel:
-        stub = admin_pb2_grpc.AdminStub(channel)
-        calls = [stub.Inject(request, metadata=campaign.metadata, timeout=_CALL_S) for request in requests]
-        answers = await asyncio.gather(*calls, return_exceptions=True)
-    pids = frozenset(pid for answer in answers if isinstance(answer, admin_pb2.InjectResponse) for pid in answer.pids)
-    for answer in answers:
-        if isinstance(answer, grpc.aio.AioRpcError):
-            denied = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
-            if answer.code() in (*denied, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED):
-                raise ChaosError(str(answer.details()))
-            return pids, f"{fault.kind} {fault.targets}: {answer.code().name}: {answer.details()}"
-        if isinstance(answer, BaseException):
-            raise answer
-    return pids, ""
+    def _draw(self, status: admin_pb2.StatusResponse) -> Fault | None:
+        """None where nobody is there, or nobody may be hit now."""
+        targets = self._injector.targets(status)
+        if self._healing:
+            targets = spared(targets, status, frozenset[Process]().union(*self._healing.values()))
+        try:
+            return draw(self._campaign.plan, self._rng, targets)
+        except ValueError:
+            return None
 
+    async def _all_healed(self) -> None:
+        while self._healing:
+            await asyncio.wait(self._healing, return_when=asyncio.FIRST_COMPLETED)
+            await self._raise_failed()
 
-async def _status(campaign: Campaign, *, tries: int = _TRIES) -> admin_pb2.StatusResponse:
-    """From any front door that answers."""
-    failure = ""
-    for _ in range(tries):
-        async with campaign.connect() as channel:
-            try:
-                return await admin_pb2_grpc.AdminStub(channel).Status(
-                    admin_pb2.StatusRequest(), metadata=campaign.metadata, timeout=_CALL_S
+    async def _raise_failed(self) -> None:
+        for task in [task for task in self._healing if task.done()]:
+            del self._healing[task]
+            await task
+
+    async def _heal(self, hit: Hit, harm: Harm, number: int) -> None:
+        """Ends what does not end by itself, then waits. Raises ChaosError where it takes too long."""
+        fault, limit_s = hit.fault, self._campaign.heal_timeout_s
+        what = f"{fault.kind} {', '.join(fault.targets)}"
+        await asyncio.sleep(fault.duration_s)
+        if harm.end is not None:
+            await harm.end()
+        give_up_s = time.monotonic() + limit_s
+        while hit.healed_s is None:
+            if time.monotonic() > give_up_s:
+                raise ChaosError(
+                    f"the cluster is not whole {limit_s:g} s after {what}" + f"; {hit.error}" * bool(hit.error)
                 )
-            except grpc.aio.AioRpcError as error:
-                failure = f"{campaign.address}: {error.details()}"
-        await asyncio.sleep(_LOOK_S)
-    raise ChaosError(failure)
+            await asyncio.sleep(_LOOK_S)
+            try:
+                status = await self._doors.status(tries=1)
+            except ChaosError:
+                continue
+            if whole(status, self._before, harm.gone):
+                hit.healed_s = time.monotonic()
+        took_s = hit.healed_s - hit.at_s
+        self._tell(f"{number} of {self._campaign.num_faults}: {what}: whole again after {took_s:.1f} s {hit.error}")
+
+
+def spared(
+    targets: Mapping[str, Sequence[str]], status: admin_pb2.StatusResponse, gone: frozenset[Process]
+) -> dict[str, Sequence[str]]:
+    """Those of the targets that may be hit while others are down: somebody must live to go on."""
+    living = {engine.name: sum((rank.node, rank.pid) not in gone for rank in engine.ranks) for engine in status.engines}
+    found = {role: names for role, names in targets.items() if role not in ("host", "engine")}
+    ranks = [name for name in found.get("rank", ()) if living[name.partition("/")[0]] > _LEAST_GROUPS]
+    doors = found.get("front-door", ()) if len(found.get("front-door", ())) > 1 else ()
+    # One at a time: two ranks at once may be all but one.
+    return {**found, "rank": ranks[:2], "front-door": doors}
+
+
+def whole(now: admin_pb2.StatusResponse, before: admin_pb2.StatusResponse, gone: frozenset[Process]) -> bool:
+    """Whether everything is there that was, ready, and nothing of what was killed is still counted."""
+    groups = {engine.name: len(engine.dp_groups) for engine in now.engines}
+    doors = [len(door.dp_groups) for door in now.front_doors]
+    return (
+        all(engine.state == "ready" for engine in now.engines)
+        and groups == {engine.name: len(engine.dp_groups) for engine in before.engines}
+        and len(doors) == len(before.front_doors)
+        and all(count == sum(groups.values()) for count in doors)
+        and not processes_there(now) & gone
+    )

@@ -14,7 +14,9 @@ from cluster.client.held import BrokenStream, Held
 from cluster.client.streams import follow
 from protos.shoal.v1 import inference_pb2 as pb
 
-__all__ = ["Load", "StreamRecord", "Work", "reference"]
+__all__ = ["LEAST_WAIT_S", "Load", "StreamRecord", "Wait", "Work", "reference"]
+
+LEAST_WAIT_S = 0.25  # a shorter wait is the engine's pace, not a pause
 
 Connect = Callable[[], grpc.aio.Channel]
 Metadata = Sequence[tuple[str, str]]
@@ -38,6 +40,14 @@ class Work:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """No token came for `length_s`."""
+
+    began_s: float
+    length_s: float
+
+
 @dataclass(slots=True)
 class StreamRecord:
     """One request as its client saw it. Times are of `time.monotonic`."""
@@ -47,8 +57,7 @@ class StreamRecord:
     ended_s: float | None = None
     token_ids: list[int] = field(default_factory=list)
     arrivals: list[tuple[float, int]] = field(default_factory=list)  # when, and how many tokens
-    pause_s: float = 0.0  # the longest wait for a token behind the first
-    paused_at_s: float = 0.0  # when it began
+    waits: list[Wait] = field(default_factory=list)  # for the first token, and for each that was a pause
     error: str = ""
     broken: str = ""  # "repeated" or "skipped"
 
@@ -62,15 +71,15 @@ async def run_one(
 ) -> None:
     """Follows a request to its end."""
     held = Held(work.request())
-    last_s: float | None = None
+    last_s = record.started_s
     try:
         async with aclosing(follow(connect, held, metadata=metadata, patience_s=patience_s)) as chunks:
             async for chunk in chunks:
                 now_s = time.monotonic()
                 if chunk.token_ids:
                     record.arrivals.append((now_s, len(chunk.token_ids)))
-                if last_s is not None and now_s - last_s > record.pause_s:
-                    record.pause_s, record.paused_at_s = now_s - last_s, last_s
+                if now_s - last_s >= LEAST_WAIT_S:
+                    record.waits.append(Wait(last_s, now_s - last_s))
                 last_s = now_s
         if len(held.token_ids[0]) != work.num_tokens:
             record.error = f"ended after {len(held.token_ids[0])} of {work.num_tokens} tokens"

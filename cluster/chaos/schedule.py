@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-__all__ = ["FAULTS", "ROLES", "Fault", "Plan", "draw", "parse_weights"]
+__all__ = ["FAULTS", "ROLES", "Fault", "Plan", "crossed", "draw", "parse_weights"]
 
 ROLES = ("rank", "leader", "front-door", "controller", "roster", "engine")
 FAULTS = ("kill", "freeze", "slow")
 
+_ALONE = "host"  # two at once would be most of a small cluster
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`targets` are hit at the same moment."""
+    """`targets` are hit at the same moment; what ends by itself does so after `duration_s`."""
 
     kind: str
     role: str
@@ -22,33 +24,46 @@ class Fault:
     duration_s: float = 0.0
     share: float = 0.0
 
+    @property
+    def label(self) -> str:
+        return f"{self.kind} {self.role}" + " (two at once)" * (len(self.targets) > 1)
+
+
+def _lasting() -> Mapping[str, float]:
+    return {"freeze": 6.0, "slow": 5.0}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What may happen, and how often each relative to the others."""
+    """What may happen, and how often relative to the rest, by (kind, role)."""
 
-    roles: Mapping[str, float]
-    kinds: Mapping[str, float]
-    freeze_s: float = 6.0
-    slow_s: float = 5.0
+    weights: Mapping[tuple[str, str], float]
+    lasting_s: Mapping[str, float] = field(default_factory=_lasting)  # by kind, or by "kind role"
     slow_share: float = 0.5
     double: float = 0.0  # the share of faults that hit two targets at once
+    overlap: float = 0.0  # the share of faults behind which the next does not wait for a cluster that is whole again
+
+
+def crossed(roles: Mapping[str, float], kinds: Mapping[str, float]) -> dict[tuple[str, str], float]:
+    """Every kind for every role."""
+    return {
+        (kind, role): often * weight
+        for role, weight in roles.items()
+        for kind, often in kinds.items()
+        if often * weight
+    }
 
 
 def draw(plan: Plan, rng: random.Random, targets: Mapping[str, Sequence[str]]) -> Fault:
-    """The next fault, given who is there by role. Raises ValueError where the plan's roles are all empty."""
-    roles = [role for role, weight in plan.roles.items() if weight > 0 and targets.get(role)]
-    if not roles:
-        raise ValueError(f"none of {', '.join(plan.roles)} is there to be hit")
-    role = rng.choices(roles, [plan.roles[role] for role in roles])[0]
-    kind = rng.choices(list(plan.kinds), list(plan.kinds.values()))[0]
-    count = 2 if rng.random() < plan.double and len(targets[role]) > 2 else 1
-    chosen = tuple(rng.sample(sorted(targets[role]), count))
-    if kind == "freeze":
-        return Fault(kind, role, chosen, plan.freeze_s)
-    if kind == "slow":
-        return Fault(kind, role, chosen, plan.slow_s, plan.slow_share)
-    return Fault(kind, role, chosen)
+    """The next fault, given who is there by role. Raises ValueError where nobody of the plan's is."""
+    possible = {pair: weight for pair, weight in plan.weights.items() if weight > 0 and targets.get(pair[1])}
+    if not possible:
+        raise ValueError(f"none of {', '.join(sorted({role for _, role in plan.weights}))} is there to be hit")
+    kind, role = rng.choices(list(possible), list(possible.values()))[0]
+    two = rng.random() < plan.double and len(targets[role]) > 2 and role != _ALONE
+    chosen = tuple(rng.sample(sorted(targets[role]), 2 if two else 1))
+    lasts_s = plan.lasting_s.get(f"{kind} {role}", plan.lasting_s.get(kind, 0.0))
+    return Fault(kind, role, chosen, lasts_s, plan.slow_share if kind == "slow" else 0.0)
 
 
 def parse_weights(text: str, known: Sequence[str], what: str) -> dict[str, float]:

@@ -18,7 +18,7 @@ KeyOption = Annotated[
 
 
 def chaos(
-    address: DoorOption = "127.0.0.1:9000",
+    address: Annotated[str, typer.Option(help="Front doors' gRPC addresses, with commas.")] = "127.0.0.1:9000",
     api_key: KeyOption = None,
     faults: Annotated[int, typer.Option(min=1, help="How many.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the faults and of the load.")] = 0,
@@ -27,13 +27,16 @@ def chaos(
     ] = "rank=3,leader,front-door,controller,roster",
     kinds: Annotated[str, typer.Option(help="What to do: kill, freeze, slow, with weights likewise.")] = "kill",
     double: Annotated[float, typer.Option(min=0, max=1, help="The share of faults that hit two at once.")] = 0.0,
+    overlap: Annotated[
+        float, typer.Option(min=0, max=1, help="The share of faults after which the next comes before all is whole.")
+    ] = 0.0,
     streams: Annotated[int, typer.Option(min=1, help="Streams that are open all the while.")] = 8,
     tokens: Annotated[int, typer.Option(min=1, help="Of the longest answer.")] = 200,
     requests: Annotated[int, typer.Option(min=1, help="Different requests.")] = 16,
     verify: Annotated[
         bool, typer.Option(help="Compare every answer with the undisturbed one; needs inference.deterministic.")
     ] = False,
-    freeze_s: Annotated[float, typer.Option(min=0.1, help="How long a frozen process stands still.")] = 6.0,
+    freeze_s: Annotated[float, typer.Option(min=0.1, help="How long a process is frozen or slow.")] = 6.0,
     gap_s: Annotated[float, typer.Option(min=0, help="The longest wait between two faults.")] = 3.0,
     out: Annotated[Path | None, typer.Option(help="Write OUT.html and OUT.json.", show_default=False)] = None,
 ) -> None:
@@ -42,21 +45,21 @@ def chaos(
     Only with `chaos.enabled: true` in the configuration and an administrator's key.
     """
     from cluster.chaos.campaign import Campaign, works
-    from cluster.chaos.schedule import FAULTS, ROLES, Plan, parse_weights
+    from cluster.chaos.schedule import FAULTS, ROLES, Plan, crossed, parse_weights
     from cluster.cli.chaos import harm
 
     try:
         plan = Plan(
-            roles=parse_weights(roles, ROLES, "--roles"),
-            kinds=parse_weights(kinds, FAULTS, "--kinds"),
+            weights=crossed(parse_weights(roles, ROLES, "--roles"), parse_weights(kinds, FAULTS, "--kinds")),
+            lasting_s={"freeze": freeze_s, "slow": freeze_s},
             double=double,
-            freeze_s=freeze_s,
+            overlap=overlap,
         )
     except ValueError as error:
         fail(error, USAGE)
     harm(
         Campaign(
-            address=address,
+            addresses=[one.strip() for one in address.split(",")],
             api_key=api_key or "",
             plan=plan,
             num_faults=faults,

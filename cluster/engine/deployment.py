@@ -12,6 +12,7 @@ import ray
 from ray import serve
 
 from cluster import logs
+from cluster.app.names import ON_HEAD
 from cluster.app.spec import ClusterSpec
 from cluster.config.network import rank_address
 from cluster.engine.leader import Leader, StoreHost
@@ -120,7 +121,7 @@ def engine_deployment(spec: ClusterSpec) -> Any:
         Engine,
         name="Engine",
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": ON_HEAD},
         health_check_period_s=2.0,
         health_check_timeout_s=10.0,
         graceful_shutdown_timeout_s=spec.drain_timeout_s + 10.0,

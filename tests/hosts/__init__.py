@@ -6,7 +6,7 @@ with make_hosts(2) as (first, second):
 
 from __future__ import annotations
 
-from tests.hosts.harness import Hosts, make_hosts, needs_hosts, needs_sshd
+from tests.hosts.harness import Hosts, make_hosts, needs_hosts, needs_sshd, obstacle
 from tests.hosts.host import Host, HostProcess
 
-__all__ = ["Host", "HostProcess", "Hosts", "make_hosts", "needs_hosts", "needs_sshd"]
+__all__ = ["Host", "HostProcess", "Hosts", "make_hosts", "needs_hosts", "needs_sshd", "obstacle"]

@@ -101,12 +101,12 @@ class Hosts(Sequence[Host]):
         self.network.cut(host)
         host.power_off()
 
-    def heal(self) -> None:
-        """Cables as they were, and no process is stopped."""
-        self.network.heal()
-        for host in self._hosts:
-            if host.alive:
-                host.thaw()
+    def heal(self, host: Host | None = None) -> None:
+        """Cables as they were, and no process is stopped; of one host, or of all."""
+        self.network.heal(host)
+        for one in self._hosts:
+            if one.alive and host in (None, one):
+                one.thaw()
 
     def end(self) -> None:
         for host in self._hosts:

@@ -67,19 +67,21 @@ class Network:
         subprocess.run(["tc", "qdisc", "replace", "dev", self._cable(host), *shape], check=True, capture_output=True)
         self._slow.add(host)
 
-    def heal(self) -> None:
-        """Everything as it was, for hosts that run."""
-        for host in self._cut:
-            if host.alive:
-                _ip("link", "set", self._cable(host), "up")
+    def heal(self, host: Host | None = None) -> None:
+        """Everything as it was, for hosts that run; or what concerns one of them."""
+        for one in self._cut:
+            if one.alive and host in (None, one):
+                _ip("link", "set", self._cable(one), "up")
         for sender, receiver in self._lost_one_way:
-            if sender.alive:
+            if sender.alive and (host is None or host is sender or host.address == receiver):
                 sender.net("ip", "neighbour", "delete", receiver, "dev", "eth0")
-        for host in self._slow:
-            if host.alive:
-                host.net("tc", "qdisc", "delete", "dev", "eth0", "root")
-                subprocess.run(["tc", "qdisc", "delete", "dev", self._cable(host), "root"], check=True)
-        self.forget()
+        for one in self._slow:
+            if one.alive and host in (None, one):
+                one.net("tc", "qdisc", "delete", "dev", "eth0", "root")
+                subprocess.run(["tc", "qdisc", "delete", "dev", self._cable(one), "root"], check=True)
+        if host is not None:
+            self._lost_one_way = {pair for pair in self._lost_one_way if pair[1] != host.address}
+        self.forget(host)
 
     def forget(self, host: Host | None = None) -> None:
         """A host that boots again has a new cable."""

@@ -16,6 +16,13 @@ __all__ = ["PORT", "RAY_ENV", "give_token", "join", "ray_cluster", "serving_on",
 
 PORT = 6379
 RAY_ENV = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+# As cluster/deploy/ray/node.env has it: a node that does not answer is given up after seconds instead of a minute.
+_HEAD_ENV = {
+    **RAY_ENV,
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "4",
+}
 _STORE = "--object-store-memory=80000000"
 _SHOAL = (sys.executable, "-c", "from cluster.cli import main; main()")
 _START_TIMEOUT_S = 180.0
@@ -32,7 +39,7 @@ def give_token(*hosts: Host, token: str | None = None) -> str:
 def start_head(host: Host, *, num_cpus: int) -> None:
     address = f"--node-ip-address={host.address}"
     options = ("--include-dashboard=false", f"--num-cpus={num_cpus}", _STORE, address)
-    host.run("ray", "start", "--head", f"--port={PORT}", *options, env=RAY_ENV, timeout_s=_START_TIMEOUT_S)
+    host.run("ray", "start", "--head", f"--port={PORT}", *options, env=_HEAD_ENV, timeout_s=_START_TIMEOUT_S)
 
 
 def join(host: Host, head: Host, *, num_cpus: int, env: Mapping[str, str] = RAY_ENV) -> None:
@@ -41,10 +48,10 @@ def join(host: Host, head: Host, *, num_cpus: int, env: Mapping[str, str] = RAY_
 
 
 @contextmanager
-def ray_cluster(*hosts: Host, num_cpus: int = 2) -> Iterator[None]:
+def ray_cluster(*hosts: Host, num_cpus: int = 2, on_head: int | None = None) -> Iterator[None]:
     """Of all `hosts`, the first one its head; stopped at the end."""
     give_token(*hosts)
-    start_head(hosts[0], num_cpus=num_cpus)
+    start_head(hosts[0], num_cpus=num_cpus if on_head is None else on_head)
     try:
         for host in hosts[1:]:
             join(host, hosts[0], num_cpus=num_cpus)

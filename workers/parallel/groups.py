@@ -144,20 +144,22 @@ class Groups:
         obstacle = _obstacle(settings, tuple(hosts[member] for member in members)) or _agree(shared, world)
         if obstacle is not None and settings.collectives == "shm":
             raise ValueError(f"collectives: shm is not possible: {obstacle}")
-        _initialise(world, shared, timeout_s, use_shared_memory=obstacle is None)
-        tensor = SingleRank() if plan.tensor == 1 else _tensor_collectives(world, obstacle, timeout_s)
-        expert = _expert_exchange(world, hosts, shared, generation, timeout_s) if spread_experts else None
-        stages = OneStage() if plan.pipeline == 1 else _stages(world, timeout_s)
+        try:
+            _initialise(world, shared, timeout_s, use_shared_memory=obstacle is None)
+            tensor = SingleRank() if plan.tensor == 1 else _tensor_collectives(world, obstacle, timeout_s)
+            expert = _expert_exchange(world, hosts, shared, generation, timeout_s) if spread_experts else None
+            stages = OneStage() if plan.pipeline == 1 else _stages(world, timeout_s)
+        except BaseException:
+            _leave_world()  # or the next generation finds this one still there
+            raise
         return cls(generation, tensor, stages, expert, joined=True)
 
     def close(self) -> None:
         """Leaves the groups, which its peers notice at once; a new generation may follow in this process."""
         if self.expert is not None:
             self.expert.close()
-        if self.joined and distributed.is_initialized():
-            from deepspeed import comm
-
-            comm.destroy_process_group()
+        if self.joined:
+            _leave_world()
 
 
 def _meet(world: _World, name: str, generation: int, store: tuple[str, int], timeout_s: float) -> Any:
@@ -226,6 +228,18 @@ def _initialise(world: _World, shared: Any, timeout_s: float, *, use_shared_memo
     if use_shared_memory:
         comm.barrier()
         shm.unlink(world.index)
+
+
+def _leave_world() -> None:
+    """Safe to repeat, and after half of `_initialise`."""
+    if not distributed.is_initialized():
+        return
+    from deepspeed import comm
+
+    if comm.is_initialized():
+        comm.destroy_process_group()
+    else:
+        distributed.destroy_process_group()
 
 
 def _group(members: list[int], backend: str, joined_in_s: float, timeout_s: float) -> Any:

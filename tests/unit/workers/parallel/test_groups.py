@@ -7,6 +7,7 @@ import os
 
 import psutil
 import pytest
+from torch import distributed
 
 from workers.parallel import groups, native, shm
 from workers.parallel.collectives import SingleRank
@@ -31,6 +32,25 @@ def test_one_rank_needs_nobody() -> None:
     joined = Groups.join(settings, 0, generation=1, store=("nowhere", 1), hosts={0: "10.0.0.1"})
     assert isinstance(joined.tensor, SingleRank)
     joined.close()
+
+
+def test_nothing_is_left_of_a_meeting_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the next generation could not meet."""
+
+    def met(*arguments: object, **options: object) -> None:
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("a peer went away")
+
+    monkeypatch.setattr(groups, "_meet", lambda *arguments: None)
+    monkeypatch.setattr(groups, "_initialise", met)
+    monkeypatch.setattr(groups, "_tensor_collectives", broken)
+    settings = dataclasses.replace(SETTINGS, collectives="gloo")
+    for generation in (1, 2):
+        with pytest.raises(RuntimeError, match="a peer went away"):
+            Groups.join(settings, 0, generation=generation, store=("", 0), hosts={0: "127.0.0.1", 1: "127.0.0.1"})
+        assert not distributed.is_initialized()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""The front doors of a campaign: connections to them in turn, and what they say of the cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+
+import grpc
+
+from cluster.client.held import CHANNEL_OPTIONS
+from protos.shoal.v1 import admin_pb2, admin_pb2_grpc
+
+__all__ = ["ChaosError", "Doors"]
+
+_CALL_S = 3.0
+_PAUSE_S = 0.2
+_TRIES = 30
+
+
+class ChaosError(Exception):
+    """The campaign cannot go on; the message is for the user."""
+
+
+class Doors:
+    """`addresses` with a front door, or where one may come: one that is not there is passed over."""
+
+    def __init__(self, addresses: Sequence[str], api_key: str) -> None:
+        self.addresses = tuple(addresses)
+        self.metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        self._turns = itertools.cycle(self.addresses)
+
+    def connect(self) -> grpc.aio.Channel:
+        """To the next one; never a connection that is open already."""
+        return grpc.aio.insecure_channel(next(self._turns), options=CHANNEL_OPTIONS)
+
+    async def status(self, *, tries: int = _TRIES) -> admin_pb2.StatusResponse:
+        """From any that answers; each try is a round. Raises ChaosError."""
+        failure = ""
+        for _ in range(tries):
+            for _ in self.addresses:
+                async with self.connect() as channel:
+                    try:
+                        return await admin_pb2_grpc.AdminStub(channel).Status(
+                            admin_pb2.StatusRequest(), metadata=self.metadata, timeout=_CALL_S
+                        )
+                    except grpc.aio.AioRpcError as error:
+                        failure = f"{', '.join(self.addresses)}: {error.details()}"
+            await asyncio.sleep(_PAUSE_S)
+        raise ChaosError(failure)
