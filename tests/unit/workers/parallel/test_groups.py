@@ -8,6 +8,7 @@ import os
 import psutil
 import pytest
 from torch import distributed
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # it comes from C++
 
 from workers.parallel import groups, native, shm
 from workers.parallel.collectives import SingleRank
@@ -38,7 +39,7 @@ def test_nothing_is_left_of_a_meeting_that_failed(monkeypatch: pytest.MonkeyPatc
     """Or the next generation could not meet."""
 
     def met(*arguments: object, **options: object) -> None:
-        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
 
     def broken(*arguments: object) -> None:
         raise RuntimeError("a peer went away")
