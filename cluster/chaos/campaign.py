@@ -138,9 +138,9 @@ class _Faults:
         if fault is None:
             raise ChaosError("none of those that the plan names is there to be hit")
         hit = Hit(fault, time.monotonic(), overlaps=bool(self._healing))
-        self.hits.append(hit)
         harm = await self._injector.inject(fault, status)
         hit.error = harm.trouble
+        self.hits.append(hit)
         task = asyncio.create_task(self._heal(hit, harm, len(self.hits)))
         self._healing[task] = harm.gone
         if self._rng.random() < self._campaign.plan.overlap:

@@ -11,7 +11,15 @@ import grpc
 from cluster.client.held import CHANNEL_OPTIONS
 from protos.shoal.v1 import admin_pb2, admin_pb2_grpc
 
-__all__ = ["ChaosError", "Doors"]
+__all__ = ["FATAL", "ChaosError", "Doors"]
+
+FATAL = (
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+"""What asking again does not change."""
 
 _CALL_S = 3.0
 _PAUSE_S = 0.2
@@ -46,5 +54,7 @@ class Doors:
                         )
                     except grpc.aio.AioRpcError as error:
                         failure = f"{', '.join(self.addresses)}: {error.details()}"
+                        if error.code() in FATAL:
+                            raise ChaosError(failure) from None
             await asyncio.sleep(_PAUSE_S)
         raise ChaosError(failure)

@@ -9,19 +9,13 @@ from typing import Protocol
 
 import grpc
 
-from cluster.chaos.doors import ChaosError, Doors
+from cluster.chaos.doors import FATAL, ChaosError, Doors
 from cluster.chaos.schedule import Fault
 from protos.shoal.v1 import admin_pb2, admin_pb2_grpc
 
 __all__ = ["AdminInjector", "Harm", "Injector", "Injectors", "Process", "processes_there"]
 
 _CALL_S = 10.0
-_FATAL = (
-    grpc.StatusCode.PERMISSION_DENIED,
-    grpc.StatusCode.UNAUTHENTICATED,
-    grpc.StatusCode.FAILED_PRECONDITION,
-    grpc.StatusCode.UNIMPLEMENTED,
-)
 
 Process = tuple[str, int]
 """A node's address, and a pid there."""
@@ -103,7 +97,7 @@ class AdminInjector:
         trouble = ""
         for answer in answers:
             if isinstance(answer, grpc.aio.AioRpcError):
-                if answer.code() in _FATAL:
+                if answer.code() in FATAL:
                     raise ChaosError(str(answer.details()))
                 trouble = f"{answer.code().name}: {answer.details()}"
             elif isinstance(answer, BaseException):
