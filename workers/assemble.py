@@ -30,6 +30,7 @@ from workers.parallel.collectives import Collectives
 from workers.parallel.deep_ep import DeepEPDispatch, open_buffer
 from workers.parallel.dispatch import Dispatch, LocalDispatch, ShareDispatch
 from workers.parallel.exchange import Exchange, ProcessGroupExchange
+from workers.parallel.moves import RowMoves
 from workers.parallel.plan import RankPlace
 from workers.parallel.stages import OneStage, Stages
 from workers.relocation import Relocation
@@ -73,7 +74,7 @@ def assemble(
         return _adopt(settings, config, tensor, progress, started_s)
     stages = stages or OneStage()
     blueprint = _plan(settings, config, place)
-    dispatch = _dispatch(blueprint.shard, settings, expert, blueprint.device)
+    dispatch = _dispatch(blueprint.shard, settings, expert, blueprint.device, blueprint.kernels.moves)
     built = _build(blueprint, settings, tensor, stages, dispatch, progress)
     dtype, device = blueprint.dtype, blueprint.device
     cache = _cache(settings, built.decoder, built.weight_bytes, tensor, stages, dtype, device)
@@ -290,7 +291,7 @@ def _shard(config: ModelConfig, place: RankPlace, settings: EngineSettings, fuse
 
 
 def _dispatch(
-    shard: Shard, settings: EngineSettings, expert: Exchange | None, device: torch.device
+    shard: Shard, settings: EngineSettings, expert: Exchange | None, device: torch.device, moves: RowMoves
 ) -> Dispatch[Any] | None:
     """How tokens reach their experts; None for a model without."""
     if shard.config.moe is None:
@@ -302,8 +303,10 @@ def _dispatch(
             assert isinstance(expert, ProcessGroupExchange)
             buffer = open_buffer(expert.group, expert.size, shard.config.hidden_size * 2)
             return DeepEPDispatch(buffer, expert, placement, part=(shard.index, shard.size), device=device)
-        return AllToAllDispatch(expert, placement, part=(shard.index, shard.size), device=device)
-    return LocalDispatch(num_experts) if shard.size == 1 else ShareDispatch(num_experts, shard.experts, device)
+        return AllToAllDispatch(expert, placement, part=(shard.index, shard.size), device=device, moves=moves)
+    if shard.size == 1:
+        return LocalDispatch(num_experts, moves)
+    return ShareDispatch(num_experts, shard.experts, device, moves)
 
 
 def _can_use_deep_ep(settings: EngineSettings, expert: Exchange) -> bool:

@@ -21,7 +21,10 @@ from workers.kernels.cpu import PackedKernels
 from workers.kernels.few_rows import FewRows
 from workers.kernels.latent import HeadProjections
 from workers.kernels.quantized import Weight
+from workers.kernels.routing import NativeMoves, NativeRouting
 from workers.kernels.seam import GatedLinear, Linear, Norm
+from workers.model.moe_config import GateRule
+from workers.parallel.dispatch import Routing
 from workers.step import DecodeGroup
 
 __all__ = ["NativeKernels", "find_native"]
@@ -92,13 +95,15 @@ class _Norm:
 class NativeKernels(PackedKernels):
     """See `Kernels`. For bf16 on a CPU, where `library` was found."""
 
-    description = "oneDNN packed weights, own attention, norms and few rows"
+    description = "oneDNN packed weights, own attention, norms, routing and few rows"
 
     def __init__(self, library: ctypes.PyDLL) -> None:
         super().__init__()
         self._library = library
         self._few_rows = FewRows(library_path())
         self._head_projections = HeadProjections(library_path())
+        self._routing = NativeRouting(library)
+        self.moves = NativeMoves(library)
 
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
         return self._few_rows.linear(weight, bias) or super().linear(weight, bias)
@@ -110,6 +115,11 @@ class NativeKernels(PackedKernels):
         self, experts: Sequence[tuple[GatedLinear, Linear]], x: torch.Tensor, counts: Sequence[int]
     ) -> torch.Tensor | None:
         return self._few_rows.experts(experts, x, counts)
+
+    def choose_experts(
+        self, logits: torch.Tensor, rule: GateRule, correction_bias: torch.Tensor | None = None
+    ) -> Routing:
+        return self._routing.choose(logits, rule, correction_bias)
 
     def rms_norm(self, weight: torch.Tensor, epsilon: float) -> Norm:
         return _Norm(self._library, weight, epsilon)

@@ -10,6 +10,10 @@ from torch.nn import functional as F
 from workers.cache import LayerCache
 from workers.kernels.quantized import QuantizedLinear, Weight
 from workers.kernels.seam import GatedLinear, Linear, Norm
+from workers.model.gate import choose_experts
+from workers.model.moe_config import GateRule
+from workers.parallel.dispatch import Routing
+from workers.parallel.moves import RowMoves, TorchMoves
 from workers.step import DecodeGroup
 
 __all__ = ["ReferenceKernels"]
@@ -76,6 +80,13 @@ class ReferenceKernels:
         self, experts: Sequence[tuple[GatedLinear, Linear]], x: torch.Tensor, counts: Sequence[int]
     ) -> torch.Tensor | None:
         return None
+
+    moves: RowMoves = TorchMoves()
+
+    def choose_experts(
+        self, logits: torch.Tensor, rule: GateRule, correction_bias: torch.Tensor | None = None
+    ) -> Routing:
+        return choose_experts(logits, rule, correction_bias)
 
     def rms_norm(self, weight: torch.Tensor, epsilon: float) -> Norm:
         return _Norm(weight, epsilon)

@@ -14,6 +14,9 @@ import torch
 
 from workers.cache import LayerCache
 from workers.kernels.quantized import Weight
+from workers.model.moe_config import GateRule
+from workers.parallel.dispatch import Routing
+from workers.parallel.moves import RowMoves
 from workers.step import DecodeGroup
 
 __all__ = ["GatedLinear", "Kernels", "Linear", "Norm"]
@@ -81,6 +84,17 @@ class Kernels(Protocol):
 
         None where these kernels have nothing better for so many rows than one expert after the other.
         """
+        ...
+
+    @property
+    def moves(self) -> RowMoves:
+        """How rows are put in their experts' order."""
+        ...
+
+    def choose_experts(
+        self, logits: torch.Tensor, rule: GateRule, correction_bias: torch.Tensor | None = None
+    ) -> Routing:
+        """See `workers.model.gate.choose_experts`."""
         ...
 
     def rms_norm(self, weight: torch.Tensor, epsilon: float) -> Norm:

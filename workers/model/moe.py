@@ -8,7 +8,6 @@ import torch
 
 from workers.kernels.seam import GatedLinear, Kernels, Linear, Norm
 from workers.model.experts import Experts
-from workers.model.gate import choose_experts
 from workers.model.moe_config import GateRule
 from workers.parallel.collectives import Collectives
 from workers.parallel.dispatch import Dispatch, Routing
@@ -49,7 +48,8 @@ class Gate:
         return Routing(*self._kernels.by_rows(self._choose, x))
 
     def _choose(self, x: torch.Tensor) -> Routing:
-        return choose_experts(torch.mm(x.float(), self._weight), self._rule, self._correction_bias)
+        logits = torch.mm(x.float(), self._weight)
+        return self._kernels.choose_experts(logits, self._rule, self._correction_bias)
 
 
 class SharedExperts:
@@ -61,8 +61,13 @@ class SharedExperts:
         self._gate_up = gate_up
         self._down = down
 
-    def plus(self, x: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
-        return self._down.plus(self._gate_up(x), routed)
+    def begin(self, x: torch.Tensor) -> torch.Tensor:
+        """The inner rows, which need nothing of the routed experts."""
+        return self._gate_up(x)
+
+    def plus(self, inner: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
+        """The outputs of those inner rows, and `routed`."""
+        return self._down.plus(inner, routed)
 
 
 class MoE:
@@ -127,10 +132,13 @@ class MoE:
         self.counts.scatter_add_(0, chosen, self._one.expand_as(chosen))
         if self.recorder is not None:
             self.recorder.record(self._layer, routing)
-        rows, handle = self._dispatch.dispatch(h, routing)
-        y = self._dispatch.combine(self._experts(rows), handle)
-        if self._shared is not None:
-            y = self._shared.plus(h, y)
+        if (shared := self._shared) is None:
+            rows, handle = self._dispatch.dispatch(h, routing)
+            y = self._dispatch.combine(self._experts(rows), handle)
+        else:
+            inner: list[torch.Tensor] = []
+            rows, handle = self._dispatch.dispatch(h, routing, lambda: inner.append(shared.begin(h)))
+            y = shared.plus(inner[0], self._dispatch.combine(self._experts(rows), handle))
         return x.add_(self._tensor.all_reduce(y))
 
     def keep_step(self, nothing: torch.Tensor) -> None:

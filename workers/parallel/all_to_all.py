@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from scheduler.experts import ExpertPlacement
-from workers.parallel.dispatch import ExpertRows, Routing, group_by_expert, weighted_sum
+from workers.parallel.dispatch import ExpertRows, Meanwhile, Routing
 from workers.parallel.exchange import Exchange
+from workers.parallel.moves import RowMoves, TorchMoves
 
 __all__ = ["AllToAllDispatch", "AllToAllHandle"]
 
@@ -46,12 +47,14 @@ class AllToAllDispatch:
         *,
         part: tuple[int, int] = (0, 1),
         device: torch.device | None = None,
+        moves: RowMoves | None = None,
     ) -> None:
         """`part` (index, size): the ranks of a tensor axis have the same tokens, and each sends its part of them."""
         assert exchange.size == placement.num_ranks
         self._exchange = exchange
         self._part = part
         self._device = device
+        self._moves = moves or TorchMoves()
         self.placement = placement
         self._slots = placement.slots_per_rank
         self._ours = len(placement.slots[exchange.index])
@@ -60,7 +63,6 @@ class AllToAllDispatch:
         self._copies = torch.tensor([len(physical) for physical in replicas], device=device)
         padded = [[*physical, *physical[:1] * (most - len(physical))] for physical in replicas]
         self._physical = torch.tensor(padded, device=device)
-        self._slot_of_count = torch.arange(self._slots, device=device).repeat(exchange.size)
 
     @property
     def held(self) -> tuple[int, ...]:
@@ -69,38 +71,39 @@ class AllToAllDispatch:
 
     def relocated(self, placement: ExpertPlacement) -> AllToAllDispatch:
         """The same exchange for experts that live elsewhere."""
-        return AllToAllDispatch(self._exchange, placement, part=self._part, device=self._device)
+        return AllToAllDispatch(self._exchange, placement, part=self._part, device=self._device, moves=self._moves)
 
     def regrouped(self, exchange: Exchange, placement: ExpertPlacement) -> AllToAllDispatch:
         """The same rank among others."""
-        return AllToAllDispatch(exchange, placement, part=self._part, device=self._device)
+        return AllToAllDispatch(exchange, placement, part=self._part, device=self._device, moves=self._moves)
 
     @property
     def kind(self) -> str:
         return f"all-to-all over {self._exchange.kind}"
 
-    def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[ExpertRows, AllToAllHandle]:
+    def dispatch(
+        self, x_TD: torch.Tensor, routing: Routing, meanwhile: Meanwhile | None = None
+    ) -> tuple[ExpertRows, AllToAllHandle]:
         size, slots = self._exchange.size, self._slots
         index, parts = self._part
         num_tokens = len(x_TD)
         own = slice(num_tokens * index // parts, num_tokens * (index + 1) // parts)
-        x_TD, routing = x_TD[own], Routing(routing.expert_ids[own], routing.weights[own])
+        if parts > 1:
+            x_TD, routing = x_TD[own], Routing(routing.expert_ids[own], routing.weights[own])
         physical = self._place(routing.expert_ids).flatten()
-        order, counts = group_by_expert(physical, size * slots)
+        order, counts = self._moves.group(physical, size * slots)
         counts = counts.view(size, slots)
-        rows = x_TD.index_select(0, order // routing.expert_ids.shape[1])
-        rows, arrived = self._exchange.counted_rows(rows, counts)
+        rows = self._moves.take(x_TD, order, routing.expert_ids.shape[1])
+        rows, arrived = self._exchange.counted_rows(rows, counts, meanwhile)
         sent, received = counts.sum(dim=1).tolist(), arrived.sum(dim=1).tolist()
         # What arrives is sorted by (rank, slot); the experts want it by (slot, rank).
-        slot_of_row = self._slot_of_count.repeat_interleave(arrived.flatten())
-        arrival, per_slot = group_by_expert(slot_of_row, slots)
+        arrival, per_slot = self._moves.merge(arrived)
         handle = AllToAllHandle(own, num_tokens, order, arrival, sent, received, routing.weights)
-        return ExpertRows(rows.index_select(0, arrival), per_slot.tolist()[: self._ours]), handle
+        return ExpertRows(self._moves.take(rows, arrival, 1), per_slot.tolist()[: self._ours]), handle
 
     def combine(self, y_RD: torch.Tensor, handle: AllToAllHandle) -> torch.Tensor:
-        back = torch.empty_like(y_RD).index_copy_(0, handle.arrival, y_RD)
-        back = self._exchange.rows(back, handle.received, handle.sent)
-        ours = weighted_sum(back, handle.order, handle.weights)
+        back = self._exchange.rows(self._moves.put(y_RD, handle.arrival), handle.received, handle.sent)
+        ours = self._moves.weighted_sum(back, handle.order, handle.weights)
         if len(ours) == handle.num_tokens:
             return ours
         out = ours.new_zeros(handle.num_tokens, ours.shape[-1])
@@ -109,5 +112,7 @@ class AllToAllDispatch:
 
     def _place(self, expert_ids: torch.Tensor) -> torch.Tensor:
         """Physical ids [T, K] of expert ids [T, K]."""
+        if self._physical.shape[1] == 1:
+            return self._physical.take(expert_ids)
         turn = torch.arange(len(expert_ids), device=expert_ids.device).unsqueeze(1) + self._exchange.index
         return self._physical[expert_ids, turn % self._copies[expert_ids]]

@@ -15,8 +15,9 @@ import torch
 
 from scheduler.experts import ExpertPlacement
 from workers.parallel.all_to_all import AllToAllDispatch
-from workers.parallel.dispatch import ExpertRows, Routing, group_by_expert, weighted_sum
+from workers.parallel.dispatch import ExpertRows, Meanwhile, Routing
 from workers.parallel.exchange import Exchange
+from workers.parallel.moves import group_by_expert, weighted_sum
 
 __all__ = ["DeepEPDispatch", "DeepEPHandle", "open_buffer"]
 
@@ -56,7 +57,11 @@ class DeepEPDispatch(AllToAllDispatch):
     def kind(self) -> str:
         return "DeepEP"
 
-    def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[ExpertRows, Any]:
+    def dispatch(
+        self, x_TD: torch.Tensor, routing: Routing, meanwhile: Meanwhile | None = None
+    ) -> tuple[ExpertRows, Any]:
+        if meanwhile is not None:
+            meanwhile()
         index, parts = self._part
         num_tokens = len(x_TD)
         own = slice(num_tokens * index // parts, num_tokens * (index + 1) // parts)

@@ -11,26 +11,24 @@ compute here, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
+
+from workers.parallel.moves import RowMoves, TorchMoves
 
 __all__ = [
     "Dispatch",
     "ExpertRows",
     "LocalDispatch",
     "LocalHandle",
+    "Meanwhile",
     "Routing",
     "ShareDispatch",
     "ShareHandle",
-    "group_by_expert",
-    "weighted_sum",
 ]
-
-
-# Elements that are summed at a time on a CPU, so that in fp32 they stay in its cache.
-_CACHED = 1 << 18
 
 
 class Routing(NamedTuple):
@@ -48,6 +46,7 @@ class ExpertRows(NamedTuple):
 
 
 HandleT = TypeVar("HandleT")
+Meanwhile = Callable[[], object]
 
 
 class Dispatch(Protocol, Generic[HandleT]):
@@ -61,46 +60,13 @@ class Dispatch(Protocol, Generic[HandleT]):
         """What carries the rows, in words for `shoal status`."""
         ...
 
-    def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[ExpertRows, HandleT]: ...
+    def dispatch(
+        self, x_TD: torch.Tensor, routing: Routing, meanwhile: Meanwhile | None = None
+    ) -> tuple[ExpertRows, HandleT]:
+        """`meanwhile` is called once, while rows are under way where that takes time."""
+        ...
 
     def combine(self, y_RD: torch.Tensor, handle: HandleT) -> torch.Tensor: ...
-
-
-def group_by_expert(slots: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The stable order that sorts `slots` [N], and the number of entries of each slot [num_slots]."""
-    order = slots.argsort(stable=True)
-    return order, torch.bincount(slots, minlength=num_slots)
-
-
-def weighted_sum(y_RD: torch.Tensor, order: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-    """`sum_k weights[t, k] * y[row of (t, k)]` in fp32, left to right over k, in the dtype of `y` [T, D].
-
-    `order[r]` is the flat (t, k) of row r; a choice without a row counts as zeros. A library's reduction may split the
-    sum in a way that depends on the shape; this one never does.
-    """
-    (num_tokens, top_k), width = weights_TK.shape, y_RD.shape[1]
-    row_of = order.new_full((num_tokens * top_k,), len(order))
-    row_of.scatter_(0, order, torch.arange(len(order), device=order.device))
-    if len(order) < num_tokens * top_k:
-        y_RD = torch.cat((y_RD, y_RD.new_zeros(1, width)))
-    step = max(1, _CACHED // (top_k * width) if y_RD.device.type == "cpu" else num_tokens)
-    if num_tokens <= step:
-        return _sum_tile(y_RD, row_of, weights_TK).to(y_RD.dtype)
-    out = y_RD.new_empty(num_tokens, width)
-    for start in range(0, num_tokens, step):
-        rows = row_of[start * top_k : (start + step) * top_k]
-        out[start : start + step] = _sum_tile(y_RD, rows, weights_TK[start : start + step])
-    return out
-
-
-def _sum_tile(y_RD: torch.Tensor, row_of: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-    top_k = weights_TK.shape[1]
-    y = y_RD.index_select(0, row_of).float().view(-1, top_k, y_RD.shape[1])
-    weights = weights_TK.unsqueeze(-1)
-    total = y[:, 0] * weights[:, 0]
-    for k in range(1, top_k):
-        total.addcmul_(y[:, k], weights[:, k])
-    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,16 +82,21 @@ class LocalDispatch:
 
     kind = "local"
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, moves: RowMoves | None = None) -> None:
         self._num_experts = num_experts
+        self._moves = moves or TorchMoves()
 
-    def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[ExpertRows, LocalHandle]:
-        order, counts = group_by_expert(routing.expert_ids.flatten(), self._num_experts)
-        rows = x_TD.index_select(0, order // routing.expert_ids.shape[1])
+    def dispatch(
+        self, x_TD: torch.Tensor, routing: Routing, meanwhile: Meanwhile | None = None
+    ) -> tuple[ExpertRows, LocalHandle]:
+        if meanwhile is not None:
+            meanwhile()
+        order, counts = self._moves.group(routing.expert_ids.flatten(), self._num_experts)
+        rows = self._moves.take(x_TD, order, routing.expert_ids.shape[1])
         return ExpertRows(rows, counts.tolist()), LocalHandle(order, routing.weights)
 
     def combine(self, y_RD: torch.Tensor, handle: LocalHandle) -> torch.Tensor:
-        return weighted_sum(y_RD, handle.order, handle.weights)
+        return self._moves.weighted_sum(y_RD, handle.order, handle.weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,20 +115,27 @@ class ShareDispatch:
 
     kind = "none (each rank's own experts)"
 
-    def __init__(self, num_experts: int, held: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self, num_experts: int, held: tuple[int, ...], device: torch.device, moves: RowMoves | None = None
+    ) -> None:
+        self._moves = moves or TorchMoves()
         assert len(set(held)) == len(held)
         self._num_slots = len(held)
         slots = torch.full((num_experts,), len(held))  # behind the last slot: another rank's
         slots[list(held)] = torch.arange(len(held))
         self._slots = slots.to(device)
 
-    def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[ExpertRows, ShareHandle]:
+    def dispatch(
+        self, x_TD: torch.Tensor, routing: Routing, meanwhile: Meanwhile | None = None
+    ) -> tuple[ExpertRows, ShareHandle]:
+        if meanwhile is not None:
+            meanwhile()
         slots = self._slots[routing.expert_ids.flatten()]
-        order, counts = group_by_expert(slots, self._num_slots + 1)
+        order, counts = self._moves.group(slots, self._num_slots + 1)
         *ours, _ = counts.tolist()
         order = order[: sum(ours)]
-        rows = x_TD.index_select(0, order // routing.expert_ids.shape[1])
+        rows = self._moves.take(x_TD, order, routing.expert_ids.shape[1])
         return ExpertRows(rows, ours), ShareHandle(order, routing.weights)
 
     def combine(self, y_RD: torch.Tensor, handle: ShareHandle) -> torch.Tensor:
-        return weighted_sum(y_RD, handle.order, handle.weights)
+        return self._moves.weighted_sum(y_RD, handle.order, handle.weights)

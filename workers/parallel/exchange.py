@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from workers.parallel.dispatch import Meanwhile
+
 __all__ = ["Exchange", "ProcessGroupExchange"]
 
 # Of the rows that travel with their counts, for each pair of ranks: more are sent apart.
@@ -35,10 +37,13 @@ class Exchange(Protocol):
         """What carries the bytes, in words for `shoal status`."""
         ...
 
-    def counted_rows(self, x: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def counted_rows(
+        self, x: torch.Tensor, counts: torch.Tensor, meanwhile: Meanwhile | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sends `counts[r].sum()` rows of x [counts.sum(), D] to rank r and, with them, `counts[r]` of [size, n] int64.
 
-        Gives the rows that came, by sending rank, and the counts: row r came from rank r.
+        Gives the rows that came, by sending rank, and the counts: row r came from rank r. `meanwhile` is called while
+        they are under way.
         """
         ...
 
@@ -72,7 +77,11 @@ class ProcessGroupExchange:
         self.size = size
         self.kind = kind
 
-    def counted_rows(self, x: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def counted_rows(
+        self, x: torch.Tensor, counts: torch.Tensor, meanwhile: Meanwhile | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if meanwhile is not None:  # before: who waits for a process group waits in it
+            meanwhile()
         send = counts.sum(dim=1).tolist()
         row_bytes = x.shape[1] * x.element_size()
         most = max(1, _EARLY_BYTES // row_bytes)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 import torch
 
+from workers.parallel.dispatch import Meanwhile
 from workers.parallel.host_link import PIECE_BYTES, Link
 
 __all__ = ["HostExchange"]
@@ -41,11 +42,16 @@ class HostExchange:
         for descriptor in self._watched:
             self._poll.register(descriptor, select.POLLIN)
 
-    def counted_rows(self, x: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def counted_rows(
+        self, x: torch.Tensor, counts: torch.Tensor, meanwhile: Meanwhile | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         arrived = counts.numpy().copy()
         parts = _parts(x, counts.sum(dim=1).tolist())
         transfers = {peer: _Transfer(link, parts[peer], arrived[peer].tobytes()) for peer, link in self._links.items()}
-        self._run(transfers.values(), _Transfer.hear)
+        waiting = [transfer for transfer in transfers.values() if not transfer.hear()]
+        if meanwhile is not None:
+            meanwhile()
+        self._run(waiting, _Transfer.hear)
         for peer, transfer in transfers.items():
             arrived[peer] = np.frombuffer(transfer.head, np.int64)
         rows = self._fetch(x, parts[self.index], transfers, arrived.sum(axis=1).tolist())

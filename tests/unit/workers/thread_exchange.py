@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from workers.parallel.dispatch import Meanwhile
+
 __all__ = ["Table", "ThreadExchange", "on_threads"]
 
 T = TypeVar("T")
@@ -37,7 +39,11 @@ class ThreadExchange:
         self.size = table.size
         self.index = index
 
-    def counted_rows(self, x: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def counted_rows(
+        self, x: torch.Tensor, counts: torch.Tensor, meanwhile: Meanwhile | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if meanwhile is not None:
+            meanwhile()
         arrived = torch.stack(self._table.exchange(self.index, list(counts)))
         return self.rows(x, counts.sum(dim=1).tolist(), arrived.sum(dim=1).tolist()), arrived
 

@@ -58,7 +58,7 @@ def test_a_linear_layer_of_any_few_rows(products: FewRows, shape: tuple[int, int
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for rows in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 40):
+        for rows in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 40):
             wide = _random(rows, shape[1] + 16, seed=rows)
             x, residual = wide[:, : shape[1]], _random(rows, shape[0], seed=99)
             expected = F.linear(x.float(), weight.float())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from workers.parallel.dispatch import weighted_sum
+from workers.parallel.moves import weighted_sum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
