@@ -17,7 +17,9 @@ from workers.processor import instruction_sets
 
 __all__ = ["BuildError", "build", "library_path", "main"]
 
-_SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in ("native", "few_rows", "latent", "routing"))
+_SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.cpp") for name in ("native", "few_rows", "latent", "routing", "host_exchange")
+)
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-Wall", "-Wextra")
 _COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_S = 120.0

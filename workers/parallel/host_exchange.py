@@ -16,6 +16,7 @@ import torch
 
 from workers.parallel.dispatch import Meanwhile
 from workers.parallel.host_link import PIECE_BYTES, Link
+from workers.parallel.host_native import short_way
 
 __all__ = ["HostExchange"]
 
@@ -41,25 +42,58 @@ class HostExchange:
         self._watched = {link.fileno(): link for link in links.values()}
         for descriptor in self._watched:
             self._poll.register(descriptor, select.POLLIN)
+        self._short = short_way(index, links, timeout_s)
 
     def counted_rows(
         self, x: torch.Tensor, counts: torch.Tensor, meanwhile: Meanwhile | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        arrived = counts.numpy().copy()
+        x, counts = x.contiguous(), counts.contiguous()
+        arrived = counts.clone()
+        short = self._short
+        if short is None or not short.post(x, counts, told=True):
+            return self._long_counted(x, counts, arrived, meanwhile)
+        if meanwhile is not None:
+            meanwhile()
+        all_there = short.hear(arrived, told=True)
+        if all_there:
+            received = x.new_empty(int(arrived.sum()), x.shape[1])
+            short.fetch(received, x, counts, arrived)
+            return received, arrived
         parts = _parts(x, counts.sum(dim=1).tolist())
-        transfers = {peer: _Transfer(link, parts[peer], arrived[peer].tobytes()) for peer, link in self._links.items()}
+        transfers = {peer: _Transfer(link, parts[peer], sent=True) for peer, link in self._links.items()}
+        return self._fetch(x, parts[self.index], transfers, arrived.sum(dim=1).tolist()), arrived
+
+    def rows(self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
+        short = self._short
+        if short is not None:
+            x, sent, due = x.contiguous(), torch.tensor(send), torch.tensor(receive)
+            if short.post(x, sent, told=False):
+                if short.hear(due, told=False):
+                    received = x.new_empty(sum(receive), x.shape[1])
+                    short.fetch(received, x, sent, due)
+                    return received
+                return self._long_rows(x, send, receive, sent=True)
+        return self._long_rows(x, send, receive)
+
+    def _long_counted(
+        self, x: torch.Tensor, counts: torch.Tensor, arrived: torch.Tensor, meanwhile: Meanwhile | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        table = arrived.numpy()
+        parts = _parts(x, counts.sum(dim=1).tolist())
+        transfers = {peer: _Transfer(link, parts[peer], table[peer].tobytes()) for peer, link in self._links.items()}
         waiting = [transfer for transfer in transfers.values() if not transfer.hear()]
         if meanwhile is not None:
             meanwhile()
         self._run(waiting, _Transfer.hear)
         for peer, transfer in transfers.items():
-            arrived[peer] = np.frombuffer(transfer.head, np.int64)
-        rows = self._fetch(x, parts[self.index], transfers, arrived.sum(axis=1).tolist())
-        return rows, torch.from_numpy(arrived)
+            table[peer] = np.frombuffer(transfer.head, np.int64)
+        return self._fetch(x, parts[self.index], transfers, arrived.sum(dim=1).tolist()), arrived
 
-    def rows(self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
+    def _long_rows(
+        self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int], *, sent: bool = False
+    ) -> torch.Tensor:
         parts = _parts(x, send)
-        transfers = {peer: _Transfer(link, parts[peer]) for peer, link in self._links.items()}
+        transfers = {peer: _Transfer(link, parts[peer], sent=sent) for peer, link in self._links.items()}
         return self._fetch(x, parts[self.index], transfers, receive)
 
     def hang_up(self) -> None:
@@ -120,14 +154,15 @@ class _Transfer:
 
     __slots__ = ("_came", "_head", "_heard", "_out", "_sent", "_started", "head", "into", "link")
 
-    def __init__(self, link: Link, out: torch.Tensor, head: bytes = b"") -> None:
+    def __init__(self, link: Link, out: torch.Tensor, head: bytes = b"", *, sent: bool = False) -> None:
+        """`sent`: all of `out` has gone already."""
         self.link = link
         self.into = out[:0]
         self.head = b""  # the peer's, once `hear` says so
         self._head = head
         self._out = out
-        self._started = self._heard = False
-        self._sent = self._came = 0
+        self._started, self._heard = sent, False
+        self._sent, self._came = len(out) if sent else 0, 0
 
     def hear(self) -> bool:
         """Sends the first piece; whether the peer's first one has come and is waiting."""

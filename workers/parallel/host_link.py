@@ -15,6 +15,7 @@ import mmap
 import os
 import socket
 import struct
+from array import array
 from collections import deque
 from typing import NamedTuple
 
@@ -26,6 +27,9 @@ PIECE_BYTES = 1 << 19
 # The largest message, for the counts that go with a first piece.
 _MESSAGE_BYTES = 1 << 16
 _PLACES = 2
+# Where in a link's state its numbers lie; `host_exchange.cpp` knows them in this order. Of a piece that was heard of
+# there: its number, its bytes, and those that follow in others.
+_IN, _PUT, _FREED, _TAKEN, _HEARD = 3, 5, 6, 7, 8
 _MESSAGE = struct.Struct("=QQQQQ")  # generation, piece or 0, pieces taken, its bytes, bytes that follow in others
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -58,7 +62,8 @@ class Link:
         self._in = self._out[:0]
         self._unread: deque[_Piece] = deque()
         self._gone = False
-        self._put = self._freed = self._taken = 0
+        outbox_at = self._out.data_ptr()
+        self.state = array("q", [connection.fileno(), generation, outbox_at, 0, PIECE_BYTES, *[0] * 6])
 
     def open(self) -> None:
         """Waits for the peer's memory, as long as the socket's timeout. Raises OSError where none comes."""
@@ -71,7 +76,23 @@ class Link:
             self._in = _map(descriptors[0])
         finally:
             os.close(descriptors[0])
+        self.state[_IN] = self._in.data_ptr()
         self._socket.settimeout(None)
+
+    @property
+    def address(self) -> int:
+        """Of the state."""
+        return self.state.buffer_info()[0]
+
+    @property
+    def heard(self) -> bool:
+        """Whether a piece was heard of through the state."""
+        return self.state[_HEARD] != 0
+
+    def adopt(self) -> None:
+        """Has `take` find the piece that was heard of through the state."""
+        number, size, left = self.state[_HEARD:]
+        self._unread.append(_Piece(number, size, left, b""))
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -89,17 +110,17 @@ class Link:
     @property
     def has_room(self) -> bool:
         """Whether `put` may be called."""
-        return self._put - self._freed < _PLACES
+        return self.state[_PUT] - self.state[_FREED] < _PLACES
 
     def put(self, data: torch.Tensor, left: int, head: bytes = b"") -> None:
         """Sends a piece, `data` uint8 [at most PIECE_BYTES]; `left` bytes follow in later ones."""
         assert self.has_room
         size = len(data)
         if size:
-            start = self._put % _PLACES * PIECE_BYTES
+            start = self.state[_PUT] % _PLACES * PIECE_BYTES
             self._out[start : start + size].copy_(data)
-        self._put += 1
-        self._send(_MESSAGE.pack(self._generation, self._put, self._taken, size, left) + head)
+        self.state[_PUT] += 1
+        self._send(_MESSAGE.pack(self._generation, self.state[_PUT], self.state[_TAKEN], size, left) + head)
 
     @property
     def head(self) -> bytes:
@@ -117,11 +138,11 @@ class Link:
         if piece.size:
             start = (piece.number - 1) % _PLACES * PIECE_BYTES
             into[: piece.size].copy_(self._in[start : start + piece.size])
-        self._taken += 1
+        self.state[_TAKEN] += 1
         # The last piece of a whole needs no answer: this side's next whole tells, and cannot be far.
         if piece.left:
             with contextlib.suppress(RuntimeError):  # it has sent everything and left: `read` sees that in its turn
-                self._send(_MESSAGE.pack(self._generation, 0, self._taken, 0, 0))
+                self._send(_MESSAGE.pack(self._generation, 0, self.state[_TAKEN], 0, 0))
         return piece.size, piece.left
 
     def read(self) -> None:
@@ -139,10 +160,10 @@ class Link:
             generation, number, freed, size, left = _MESSAGE.unpack_from(message)
             if generation != self._generation:
                 raise RuntimeError(f"rank {self.rank} is of generation {generation}, not {self._generation}")
-            expected = self._taken + len(self._unread) + 1
-            if number not in (0, expected) or size > PIECE_BYTES or not self._freed <= freed <= self._put:
+            expected = self.state[_TAKEN] + len(self._unread) + 1
+            if number not in (0, expected) or size > PIECE_BYTES or not self.state[_FREED] <= freed <= self.state[_PUT]:
                 raise RuntimeError(f"rank {self.rank} is out of turn")
-            self._freed = freed
+            self.state[_FREED] = freed
             if number:
                 self._unread.append(_Piece(number, size, left, message[_MESSAGE.size :]))
 

@@ -14,7 +14,7 @@ import torch
 from tests.unit.workers.parallel.host_exchanges import MemoryBoard, meet_all
 from tests.unit.workers.thread_exchange import on_threads
 from workers.parallel.host_exchange import HostExchange
-from workers.parallel.host_link import Link
+from workers.parallel.host_link import _PUT, Link
 from workers.parallel.host_meeting import meet
 
 
@@ -118,7 +118,7 @@ def test_a_piece_of_another_generation_is_refused() -> None:
 
 def test_a_piece_out_of_turn_is_refused(links: list[Link]) -> None:
     ours, theirs = links
-    theirs._put += 1  # as if a piece had been lost
+    theirs.state[_PUT] += 1  # as if a piece had been lost
     theirs.put(torch.ones(4, dtype=torch.uint8), 0)
     with pytest.raises(RuntimeError, match="rank 1 is out of turn"):
         ours.read()
