@@ -13,7 +13,16 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["ExpertPlacement", "balanced", "contiguous", "imbalance", "rank_loads", "settled", "step_imbalance"]
+__all__ = [
+    "ExpertPlacement",
+    "balanced",
+    "contiguous",
+    "imbalance",
+    "rank_loads",
+    "settled",
+    "step_imbalance",
+    "striped",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,11 @@ def contiguous(num_experts: int, num_ranks: int) -> ExpertPlacement:
     """Each expert once, neighbours together."""
     bounds = [num_experts * rank // num_ranks for rank in range(num_ranks + 1)]
     return ExpertPlacement(num_experts, tuple(tuple(range(a, b)) for a, b in itertools.pairwise(bounds)))
+
+
+def striped(num_experts: int, num_ranks: int) -> ExpertPlacement:
+    """Each expert once, neighbours apart: a gate that keeps to some groups of neighbours still asks every rank."""
+    return ExpertPlacement(num_experts, tuple(tuple(range(rank, num_experts, num_ranks)) for rank in range(num_ranks)))
 
 
 def balanced(loads: Sequence[float], num_ranks: int, *, redundant: int = 0, num_hosts: int = 1) -> ExpertPlacement:

@@ -28,7 +28,7 @@ struct Message {
   uint64_t generation, number, taken, size, left;
 };
 
-enum Trouble { kNone = 0, kLong = 1, kGone = 2, kGeneration = 3, kTurn = 4, kSilent = 5 };
+enum Trouble { kNone = 0, kLong = 1, kGone = 2, kGeneration = 3, kTurn = 4, kSilent = 5, kSize = 6 };
 
 // What a call says of one rank.
 int64_t tell(Trouble trouble, int64_t rank) { return rank << 8 | trouble; }
@@ -143,13 +143,13 @@ int64_t shoal_hear(Link* const* links, int64_t size, int64_t* arrived, int64_t n
 }
 
 // Puts the rows that were heard of behind one another, by sending rank; this rank's own lie in x. `receive` [size, n].
-// kTurn where other bytes came than are due.
+// kSize where other bytes came than are due.
 int64_t shoal_fetch(Link* const* links, int64_t size, uint8_t* out, const uint8_t* x, int64_t width,
                     const int64_t* counts, const int64_t* receive, int64_t n) {
   for (int64_t rank = 0; rank < size; ++rank) {
     const int64_t bytes = sum(receive + rank * n, n) * width;
     if (Link* link = links[rank]) {
-      if (link->size != bytes) return tell(kTurn, rank);
+      if (link->size != bytes) return tell(kSize, rank);
       std::memcpy(out, reinterpret_cast<uint8_t*>(link->in) + (link->number - 1) % kPlaces * link->piece_bytes, bytes);
       ++link->taken;
     } else {

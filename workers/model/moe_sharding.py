@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from scheduler.experts import ExpertPlacement, balanced, contiguous
+from scheduler.experts import ExpertPlacement, balanced, contiguous, striped
 from workers.model.parameters import Parameter, Piece, columns, matrix, stack, vector
 from workers.model.shard import Shard
 from workers.parallel.plan import ParallelPlan
@@ -15,8 +15,11 @@ from workers.parallel.plan import ParallelPlan
 __all__ = ["expert_parameters", "moe_parameters", "place_experts"]
 
 
-def place_experts(num_experts: int, plan: ParallelPlan) -> ExpertPlacement:
-    """Where the routed experts begin: neighbours together, redundant ones spread as if all were loaded alike.
+def place_experts(num_experts: int, plan: ParallelPlan, *, one_host: bool = False) -> ExpertPlacement:
+    """Where the routed experts begin, redundant ones spread as if all were loaded alike.
+
+    Without any, neighbours are together, which a gate that keeps to some groups of them has less traffic by; on
+    `one_host`, where rows are cheap, they are apart, which evens out such a gate's load.
 
     Raises ValueError naming the axis where the plan cannot be met.
     """
@@ -26,7 +29,7 @@ def place_experts(num_experts: int, plan: ParallelPlan) -> ExpertPlacement:
             f"({num_experts})"
         )
     if not plan.redundant_experts:
-        return contiguous(num_experts, plan.expert)
+        return (striped if one_host and plan.data > 1 else contiguous)(num_experts, plan.expert)
     if plan.data == 1:
         raise ValueError(
             "parallel.redundant_experts must be 0 where parallel.data is 1: no other group could take over"

@@ -89,6 +89,10 @@ class Link:
         """Whether a piece was heard of through the state."""
         return self.state[_HEARD] != 0
 
+    @property
+    def heard_bytes(self) -> int:
+        return self.state[_HEARD + 1]
+
     def adopt(self) -> None:
         """Has `take` find the piece that was heard of through the state."""
         number, size, left = self.state[_HEARD:]

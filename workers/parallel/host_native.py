@@ -19,7 +19,7 @@ from workers.parallel.host_link import Link
 __all__ = ["ShortWay", "short_way"]
 
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-_LONG = 1
+_LONG, _SIZE = 1, 6
 _TROUBLES = {2: "has gone", 3: "is of another generation", 4: "is out of turn"}
 # A rank that waits looks again and again for so long, giving its core to whoever wants it, before it sleeps.
 _SPIN_S = 1e-3
@@ -86,18 +86,14 @@ class ShortWay:
         """Fills `out` with the rows that were heard of, and this rank's own of x."""
         n = counts.shape[1] if counts.dim() == 2 else 1
         width = x.shape[1] * x.itemsize
-        self._went_short(
-            self._fetch(
-                self._at,
-                self._size,
-                out.data_ptr(),
-                x.data_ptr(),
-                width,
-                counts.data_ptr(),
-                receive.data_ptr(),
-                n,
-            )
+        state = self._fetch(
+            self._at, self._size, out.data_ptr(), x.data_ptr(), width, counts.data_ptr(), receive.data_ptr(), n
         )
+        if state & 0xFF == _SIZE:
+            link = self._links[state >> 8]
+            due = int(receive[state >> 8].sum()) * width
+            raise RuntimeError(f"rank {link.rank} sends {link.heard_bytes} bytes where {due} are due")
+        assert state == 0
 
     def _went_short(self, state: int) -> bool:
         """Raises RuntimeError where the call says that a rank is in trouble."""

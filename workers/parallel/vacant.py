@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from workers.parallel.dispatch import Meanwhile
+
 __all__ = ["AwaitedExchange", "LoneExchange"]
 
 
@@ -16,7 +18,11 @@ class LoneExchange:
     index = 0
     kind = "none (one rank)"
 
-    def counted_rows(self, x: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def counted_rows(
+        self, x: torch.Tensor, counts: torch.Tensor, meanwhile: Meanwhile | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if meanwhile is not None:
+            meanwhile()
         return x, counts
 
     def rows(self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
@@ -39,7 +45,9 @@ class AwaitedExchange:
         self.index = index
         self.size = size
 
-    def counted_rows(self, x: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def counted_rows(
+        self, x: torch.Tensor, counts: torch.Tensor, meanwhile: Meanwhile | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         raise RuntimeError("this rank has not joined the others yet")
 
     def rows(self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:

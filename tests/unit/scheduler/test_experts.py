@@ -16,6 +16,7 @@ from scheduler.experts import (
     rank_loads,
     settled,
     step_imbalance,
+    striped,
 )
 
 
@@ -53,6 +54,11 @@ def test_balance_beats_neighbours_together_on_a_skewed_load() -> None:
     assert before > 4
     assert without_copies < before / 2
     assert with_copies < 1.05
+
+
+def test_stripes_share_out_every_group_of_neighbours() -> None:
+    placement = striped(10, 4)
+    assert placement.slots == ((0, 4, 8), (1, 5, 9), (2, 6), (3, 7))
 
 
 def test_redundant_copies_go_to_the_loaded() -> None:
