@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from workers.model.layer_split import split_layers
 from workers.model.other_config import NOTICE
 from workers.model.sharding import Shard, check_plan, place_experts, shard_parameters
 from workers.parallel.all_to_all import AllToAllDispatch
-from workers.parallel.collectives import Collectives
+from workers.parallel.collectives import Collectives, CurrentCollectives
 from workers.parallel.deep_ep import DeepEPDispatch, open_buffer
 from workers.parallel.dispatch import Dispatch, LocalDispatch, ShareDispatch
 from workers.parallel.exchange import Exchange, ProcessGroupExchange
@@ -98,16 +98,24 @@ def assemble(
     runner = Runner(
         built.decoder, cache, model_config=config, report=report, experts=experts, dtype=dtype, device=device
     )
-    # A recorded step cannot wait for the stage before it.
-    if (
-        device.type == "cuda"
-        and stages.size == 1
-        and runner.record_decoding(
-            CudaCapture(), max_batch_size=settings.max_batch_size, max_model_len=settings.max_model_len
-        )
-    ):
-        runner.report = replace(report, kernels=f"{report.kernels}; CUDA graphs for decoding")
+    if device.type == "cuda":
+        _record(runner, settings, tensor, stages)
     return runner
+
+
+def _record(runner: Runner, settings: EngineSettings, tensor: Collectives, stages: Stages) -> None:
+    reason = runner.cannot_record()
+    if stages.size > 1:
+        reason = "a recorded step cannot wait for the stage before it"
+    if reason is not None:
+        runner.say_not_recorded(reason)
+        return
+    runner.record_decoding(
+        CudaCapture(),
+        max_batch_size=settings.max_batch_size,
+        max_model_len=settings.max_model_len,
+        meetings=lambda: tensor.meetings if isinstance(tensor, CurrentCollectives) else 1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -49,7 +49,8 @@ class CudaCapture:
             run()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads, NCCL's watch among them, may ask things of the device meanwhile that a recording forbids.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = run()
         self._pool = self._pool or graph.pool()
         return Recording(output, graph.replay)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -13,10 +14,13 @@ from workers.graphs import Capture, DecodeGraphs
 from workers.inputs import StepInputs
 from workers.model.config import ModelConfig
 from workers.model.moe import MoE, RoutingRecorder
+from workers.parallel.static_dispatch import StaticDispatch
 from workers.relocation import Relocation
 from workers.step import StepTensors, build_tensors
 
 __all__ = ["Model", "Report", "Runner"]
+
+log = logging.getLogger(__name__)
 
 
 class Model(Protocol):
@@ -80,7 +84,11 @@ class Runner:
         self._device = device
         self.model_config = model_config
         self.report = report
+        self._kernels = report.kernels
         self._graphs: DecodeGraphs | None = None
+        self._meetings: Callable[[], int] = lambda: 1
+        self._recorded_at = 1
+        self._records_routing = False
 
     @property
     def num_blocks(self) -> int:
@@ -89,6 +97,7 @@ class Runner:
 
     def record_routing(self, recorder: RoutingRecorder | None) -> None:
         """Tells `recorder` of every expert choice from the next step on; None stops that."""
+        self._records_routing = recorder is not None  # a replayed step would not tell of its choices
         self._decoder.record_routing(recorder)
 
     @torch.inference_mode()
@@ -100,18 +109,30 @@ class Runner:
         step = build_tensors(
             inputs, self._cache.block_size, dtype=self._dtype, device=self._device, ragged=self._decoder.ragged
         )
-        if self._graphs is not None and self._graphs.covers(step):
-            return self._graphs.run(step)
+        if (recorded := self._recorded(step)) is not None:
+            return recorded.run(step)
         return self._decoder.forward(step, self._cache)
 
-    @torch.inference_mode()
-    def record_decoding(self, capture: Capture, *, max_batch_size: int, max_model_len: int) -> bool:
-        """Records steps of decoding alone, to be replayed from now on; False for a model whose steps cannot be.
+    def cannot_record(self) -> str | None:
+        """Why steps of this model cannot be recorded; None where they can."""
+        if not self._decoder.ragged:
+            return "attention asks for lengths on the host"
+        kinds = {
+            mixture.dispatch.kind
+            for mixture in self._decoder.mixtures.values()
+            if not isinstance(mixture.dispatch, StaticDispatch)
+        }
+        return f"experts' counts are wanted on the host ({', '.join(sorted(kinds))})" if kinds else None
 
-        A mixture of experts asks for counts on the host within a step, and latent attention for its context's length.
+    @torch.inference_mode()
+    def record_decoding(
+        self, capture: Capture, *, max_batch_size: int, max_model_len: int, meetings: Callable[[], int] = lambda: 1
+    ) -> None:
+        """Records steps of decoding alone, to be replayed from now on, where `cannot_record` gives no reason.
+
+        `meetings` rises when the ranks of the tensor axis meet anew: what was recorded speaks to those of before.
         """
-        if self._decoder.mixtures or not self._decoder.ragged:
-            return False
+        assert self.cannot_record() is None
         self._graphs = DecodeGraphs(
             lambda step: self._decoder.forward(step, self._cache),
             capture,
@@ -120,7 +141,27 @@ class Runner:
             block_size=self._cache.block_size,
             device=self._device,
         )
-        return True
+        self._meetings, self._recorded_at = meetings, meetings()
+        for mixture in self._decoder.mixtures.values():
+            mixture.counts.zero_()  # of the recordings' own tokens
+        self._say("CUDA graphs for decoding")
+
+    def say_not_recorded(self, reason: str) -> None:
+        """Has the report tell that, and why, every step is launched anew."""
+        self._say(f"no CUDA graphs: {reason}")
+
+    def _say(self, words: str) -> None:
+        self.report = replace(self.report, kernels=f"{self._kernels}; {words}")
+
+    def _recorded(self, step: StepTensors) -> DecodeGraphs | None:
+        """What replays the step, if it may."""
+        if self._graphs is not None and self._meetings() != self._recorded_at:
+            self._graphs = None
+            log.warning("decoding is no longer replayed: its recordings were of an earlier generation's ranks")
+            self.say_not_recorded("the ranks have met anew since they were recorded")
+        if self._graphs is None or self._records_routing or not self._graphs.covers(step):
+            return None
+        return self._graphs
 
     @torch.inference_mode()
     def keep_step(self) -> None:

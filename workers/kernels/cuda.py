@@ -28,7 +28,7 @@ class CudaKernels(ReferenceKernels):
 
     def __init__(self, libraries: Mapping[str, Library] | None = None) -> None:
         libraries = found() if libraries is None else libraries
-        hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
         self._flash: Any = None
         self._flash_mla: FlashMLA | None = None
         self._attend_paged: Callable[..., torch.Tensor] = paged.attend_paged
@@ -44,12 +44,12 @@ class CudaKernels(ReferenceKernels):
 
             self._attend_paged, self._attend_latent = triton_paged.attend_paged, triton_latent.attend_latent_paged
             decoding = latents = str(libraries["triton"])
-        if "FlashMLA" in libraries and hopper:
+        if "FlashMLA" in libraries and capability == (9, 0):
             import flash_mla
 
             self._flash_mla = FlashMLA(flash_mla)
             latents = f"{libraries['FlashMLA']} where inference.block_size is {BLOCK_SIZE}, else {latents}"
-        self.groups_experts = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+        self.groups_experts = capability[0] in (9, 10)  # elsewhere torch's own is a loop that waits for the device
         self.description = f"torch; attention: {prompts} for prompts, {decoding} for decoding, {latents} from latents"
         if self.groups_experts:
             self.description += "; experts: torch's grouped product"

@@ -8,7 +8,8 @@ from workers.model.experts import Experts
 from workers.model.grouped_experts import GroupedExperts
 from workers.model.moe import Gate, MoE, SharedExperts
 from workers.model.parts import Parts
-from workers.parallel.dispatch import Dispatch
+from workers.parallel.dispatch import Dispatch, LocalDispatch, ShareDispatch
+from workers.parallel.static_dispatch import StaticDispatch
 
 __all__ = ["build_moe"]
 
@@ -25,6 +26,8 @@ def build_moe(parts: Parts, layer: int, dispatch: Dispatch[Any]) -> MoE:
     for slot in range(len(parts.shard.experts)):
         expert = f"{name}.experts.{slot}"
         experts.put(slot, parts.weight(f"{expert}.gate_up.weight"), parts.weight(f"{expert}.down.weight"))
+    if isinstance(dispatch, LocalDispatch | ShareDispatch) and isinstance(experts, GroupedExperts) and experts.stacked:
+        dispatch = StaticDispatch(moe.gate.num_experts, parts.shard.experts, gate.device)
     shared = None
     if moe.shared_size:
         shared = SharedExperts(parts.gated_linear(f"{name}.shared.gate_up"), parts.linear(f"{name}.shared.down"))

@@ -70,13 +70,25 @@ class GroupedExperts(Experts):
         new._slots = [self._slots[slot] if isinstance(slot, int) else slot for slot in slots]
         return new
 
+    @property
+    def stacked(self) -> bool:
+        """Whether all slots are filled with what can be grouped; puts their weights side by side then."""
+        return self._stacks is not None or self._stack() is not None
+
     def __call__(self, rows: ExpertRows) -> torch.Tensor:
         stacks = self._stacks or self._stack()
         if stacks is None:
+            assert rows.ends is None, "experts one after the other want counts on the host"
             return super().__call__(rows)
-        ends = torch.tensor(rows.counts, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(rows.x_RD.device)
+        ends = rows.ends
+        if ends is None:
+            ends = torch.tensor(rows.counts, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(rows.x_RD.device)
         gated = _gated(torch._grouped_mm(rows.x_RD, stacks[0].transpose(1, 2), offs=ends))
-        return torch._grouped_mm(gated, stacks[1].transpose(1, 2), offs=ends)
+        y = torch._grouped_mm(gated, stacks[1].transpose(1, 2), offs=ends)
+        if rows.ends is not None:
+            # Behind the last end nothing was written: what lies there may be no number.
+            y.masked_fill_((torch.arange(len(y), device=y.device) >= ends[-1]).unsqueeze(1), 0.0)
+        return y
 
     def _stack(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Puts the slots' weights side by side, and has the slots look at them there: they are kept once."""

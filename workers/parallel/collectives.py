@@ -71,11 +71,13 @@ class CurrentCollectives:
         self.index = first.index
         self.size = first.size
         self._current: Collectives | None = first
+        self.meetings = 1  # generations so far
 
     def follow(self, current: Collectives) -> None:
         """The axis meets anew: the same ranks in the same order."""
         assert (current.index, current.size) == (self.index, self.size)
         self._current = current
+        self.meetings += 1
 
     def leave(self) -> None:
         """Lets go of the generation that is over."""

@@ -39,10 +39,15 @@ class Routing(NamedTuple):
 
 
 class ExpertRows(NamedTuple):
-    """Rows [R, D] grouped by local expert, and how many belong to each of them."""
+    """Rows [R, D] grouped by local expert, and how many belong to each of them.
+
+    `ends` [experts] int32 says on the device where each one's rows end, and `counts` is empty then
+    (`static_dispatch.py`).
+    """
 
     x_RD: torch.Tensor
     counts: list[int]
+    ends: torch.Tensor | None = None
 
 
 HandleT = TypeVar("HandleT")
