@@ -143,6 +143,7 @@ class Rank:
         self._runner = in_passing_thread(
             lambda: assemble(self.settings, self.place, tensor, stages=groups.stages, expert=expert, progress=note),
             "load",
+            niceness=self.settings.load_niceness,
         )
         self._state = RankState.LOADED
         report = self._runner.report

@@ -46,6 +46,7 @@ class EngineSettings:
     deterministic: bool = False
     step_timeout_s: float = 3.0
     load_timeout_s: float = 1800.0
+    load_niceness: int = 0  # of the threads that load, where others serve meanwhile
     resume_window_s: float = 60.0  # how long a group keeps what it knows of a sequence that ended
     collectives: str = "auto"  # "auto", "shm", "gloo" or "nccl"
     expert_balance: ExpertBalance | None = None  # None: experts stay where they began

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -16,6 +17,7 @@ from cluster.app.names import app_name
 from cluster.app.reap import reap_engine
 from cluster.app.spec import ClusterSpec
 from cluster.engine.deployment import engine_deployment
+from cluster.engine.ranks import BESIDE_NICENESS
 from cluster.operations.world import OperationFailed
 from cluster.roster import EngineReport, FrontDoorReport
 
@@ -38,6 +40,7 @@ class RayWorld:
 
     def start_engine(self, name: str, spec: ClusterSpec) -> None:
         self._need_room(spec)
+        spec = replace(spec, settings=replace(spec.settings, load_niceness=BESIDE_NICENESS))
         try:
             serve.run(engine_deployment(spec).bind(spec, name), name=app_name(name), route_prefix=None)
         except (RayError, RayServeException, RuntimeError) as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import os
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -20,6 +22,7 @@ from cluster.engine.placement import RayRanks
 from cluster.engine.states import EngineState
 from cluster.roster import Claim, EngineReport
 from cluster.roster_actor import find_roster
+from workers.threads import in_passing_thread
 
 __all__ = ["Engine", "engine_deployment"]
 
@@ -73,10 +76,13 @@ class Engine:
 
     def _host_store(self, first_rank_host: str) -> StoreHost:
         """On this leader's node, which need not be the first rank's."""
-        from workers.parallel.groups import host_store  # brings torch, which an engine of one rank does not need here
+        spec = self._spec
+        # Brings torch, which an engine of one rank does not need here.
+        bring = partial(importlib.import_module, "workers.parallel.groups")
+        in_passing_thread(bring, "import", niceness=spec.settings.load_niceness)
+        from workers.parallel.groups import host_store
 
         del first_rank_host
-        spec = self._spec
         return host_store(spec.rank_host or rank_address(spec.network, ray.util.get_node_ip_address()))
 
     async def _claim(self) -> Claim:

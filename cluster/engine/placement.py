@@ -21,7 +21,7 @@ from cluster.app.spec import ClusterSpec
 from cluster.engine.bundles import Bundles, bundle_ranks, bundles_of
 from cluster.engine.fencing import kill_process
 from cluster.engine.rank_actor import RankActor
-from cluster.engine.ranks import ExpertPlaces, Rank, RankLost, RankRefused, Superseded
+from cluster.engine.ranks import BESIDE_NICENESS, ExpertPlaces, Rank, RankLost, RankRefused, Superseded
 from workers.report import ExpertLoads, Holdings, Outdated, RankAddress, RankStatus
 
 __all__ = ["RayRanks"]
@@ -72,6 +72,7 @@ class RayRanks:
         groups = await asyncio.to_thread(placement_groups_of, self._engine)
         if not groups:
             raise RankLost("the ranks' placement group is gone")
+        self._settings = replace(self._settings, load_niceness=BESIDE_NICENESS)
         bundles = bundles_of(self._settings, groups[0].bundle_count)
         return {number: self._start(number, groups[0], bundles) for number in numbers}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from cluster.config.network import rank_address, rank_variables
 from cluster.engine.ranks import ExpertPlaces
 from workers.report import ExpertLoads, Holdings, LoadReport, RankAddress, RankStatus
 from workers.settings import EngineSettings
+from workers.threads import in_passing_thread
 
 if TYPE_CHECKING:
     from workers.rank import Rank
@@ -41,6 +43,8 @@ class RankActor:
 
         torch is imported now and not before: its thread pool takes its size from the environment at that moment.
         """
+        settings = self._arguments[1]
+        in_passing_thread(lambda: _import(settings), "import", niceness=settings.load_niceness)
         from workers.rank import Rank
 
         self._rank = Rank(*self._arguments)
@@ -102,3 +106,12 @@ class RankActor:
     def outlive(self, timeout_s: float) -> None:
         """Comes back after that time: who waits for it learns of the process's end at once."""
         self._for_ever.wait(timeout_s)
+
+
+def _import(settings: EngineSettings) -> None:
+    """What takes seconds of computing."""
+    importlib.import_module("workers.rank")
+    if settings.plan.num_ranks > 1:
+        from workers.parallel.groups import import_deepspeed
+
+        import_deepspeed()

@@ -7,8 +7,10 @@ from typing import Protocol
 
 from workers.report import ExpertLoads, Holdings, RankAddress, RankStatus
 
-__all__ = ["ExpertPlaces", "Rank", "RankLost", "RankRefused", "Ranks", "Superseded"]
+__all__ = ["BESIDE_NICENESS", "ExpertPlaces", "Rank", "RankLost", "RankRefused", "Ranks", "Superseded"]
 
+# Of threads that load while others serve: on a machine whose cores are taken, a stream is not to wait for a load.
+BESIDE_NICENESS = 10
 
 # A layer, and for every rank of the stage the experts of its slots.
 ExpertPlaces = tuple[int, tuple[tuple[int, ...], ...]]

@@ -8,6 +8,7 @@ long loading timeout for agreements; the stages of a column have the same.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import secrets
 import socket
@@ -210,6 +211,11 @@ def _agree(shared: Any, world: _World) -> str | None:
     if reason is None:
         native.prepare_shared_memory(world.size, name)
     return reason
+
+
+def import_deepspeed() -> None:
+    """Ahead of `_initialise`, for whoever chooses when these seconds are spent."""
+    importlib.import_module("deepspeed.comm")
 
 
 def _initialise(world: _World, shared: Any, timeout_s: float, *, use_shared_memory: bool) -> None:
