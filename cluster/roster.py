@@ -1,7 +1,8 @@
 """Who is there: which leader holds which engine, where the DP groups listen, which front doors are open.
 
-Nothing here is kept on disk. Leaders and front doors report themselves again and again, and what is not reported
-for a lease is forgotten; so a roster that was restarted knows everything again after one round of reports.
+Leaders and front doors report themselves again and again, and what is not reported for a lease is forgotten; so a
+roster that was restarted knows all of them again after one round of reports. What an operator has decided nobody
+reports: that is `Decisions`, which whoever runs the roster keeps for the next one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from cluster.engine.states import EngineState
 from cluster.front_door.groups import GroupAddress
 from protos.shoal.v1 import admin_pb2
 
-__all__ = ["Claim", "EngineReport", "FrontDoorReport", "GroupTraffic", "Roster", "Snapshot"]
+__all__ = ["Claim", "Decisions", "EngineReport", "FrontDoorReport", "GroupTraffic", "Roster", "Snapshot"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +70,21 @@ class FrontDoorReport:
     pid: int = 0
     open_requests: int = 0
     ready: bool = False
-    drained: bool = False
+    draining: bool = False  # takes no new request
+    drained: bool = False  # and has none any more
     error: str = ""
     dp_groups: tuple[str, ...] = ()
     traffic: tuple[GroupTraffic, ...] = ()  # also of groups that have left the roster, while something runs there
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decisions:
+    """What operators want of front doors, until they want something else."""
+
+    draining: bool = False  # all of them finish what is open
+    leaving: tuple[tuple[str, float], ...] = ()  # groups' keys, and in how many seconds what runs there is handed over
+    weights: tuple[tuple[str, float], ...] = ()  # versions of engines, and their shares of the requests
+    closing: tuple[tuple[str, float], ...] = ()  # nodes whose front doors close, and in how many seconds at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +93,7 @@ class Snapshot:
 
     version: int
     groups: tuple[GroupAddress, ...]
-    draining: bool
-    leaving: tuple[tuple[str, float], ...] = ()  # groups' keys, and in how many seconds what runs there is handed over
-    weights: tuple[tuple[str, float], ...] = ()  # versions of engines, and their shares of the requests
+    decisions: Decisions = field(default_factory=Decisions)
     lost: tuple[str, ...] = ()  # addresses of DP groups whose streams are to be given up
 
 
@@ -98,11 +108,18 @@ class Roster:
 
     A lease that is not renewed for `lease_s` is over: its groups leave the snapshot, its engine may be claimed by
     another leader, and what nobody claimed for another `reap_after_s` is handed out by `take_abandoned`. A roster
-    that was restarted passes `settle_s`: until then nothing is claimed that may have a leader who has yet to report.
+    that was restarted passes `settle_s`: until then nothing is claimed that may have a leader who has yet to report;
+    and the `decisions` of the one before.
     """
 
     def __init__(
-        self, clock: Callable[[], float], *, lease_s: float, reap_after_s: float, settle_s: float = 0.0
+        self,
+        clock: Callable[[], float],
+        *,
+        lease_s: float,
+        reap_after_s: float,
+        settle_s: float = 0.0,
+        decisions: Decisions | None = None,
     ) -> None:
         self._clock = clock
         self._lease_s = lease_s
@@ -110,7 +127,8 @@ class Roster:
         self._settled_at_s = clock() + settle_s
         self._engines: dict[str, _Engine] = {}
         self._front_doors: dict[str, tuple[FrontDoorReport, float]] = {}
-        self._snapshot = Snapshot(0, (), False)
+        # Whoever followed the roster before this one must not take its first version for one that was seen.
+        self._snapshot = Snapshot(int(clock() * 1000), (), decisions or Decisions())
 
     def claim(self, leader: str, engines: tuple[str, ...]) -> Claim | None:
         """Gives `leader` one of `engines` that nobody leads: those that were led before come first, because their
@@ -153,22 +171,34 @@ class Roster:
 
     def drain(self) -> None:
         """Every front door is to refuse new requests and finish its open ones."""
-        self._set(draining=True)
+        self._decide(draining=True)
+
+    def close_doors(self, node: str, timeout_s: float) -> None:
+        """The same for the front doors of a node, those too that are yet to come."""
+        self._decide(closing=(*_without(self.decisions.closing, (node,)), (node, timeout_s)))
+
+    def open_doors(self, node: str) -> None:
+        """The opposite."""
+        self._decide(closing=_without(self.decisions.closing, (node,)))
 
     def leave(self, keys: tuple[str, ...], timeout_s: float) -> None:
         """Groups that get nothing new; what still runs there after `timeout_s` goes on elsewhere."""
-        kept = [entry for entry in self._snapshot.leaving if entry[0] not in keys]
-        self._set(leaving=(*kept, *((key, timeout_s) for key in keys)))
+        kept = _without(self.decisions.leaving, keys)
+        self._decide(leaving=(*kept, *((key, timeout_s) for key in keys)))
         self._refresh()
 
     def stay(self, keys: tuple[str, ...]) -> None:
         """The opposite."""
-        self._set(leaving=tuple(entry for entry in self._snapshot.leaving if entry[0] not in keys))
+        self._decide(leaving=_without(self.decisions.leaving, keys))
         self._refresh()
 
     def weigh(self, weights: tuple[tuple[str, float], ...]) -> None:
         """Shares of the requests by version; a version that is not named has the share 1."""
-        self._set(weights=weights)
+        self._decide(weights=weights)
+
+    @property
+    def decisions(self) -> Decisions:
+        return self._snapshot.decisions
 
     def snapshot(self) -> Snapshot:
         self._refresh()
@@ -197,14 +227,21 @@ class Roster:
         return self._clock() - engine.seen_s < self._lease_s
 
     def _refresh(self) -> None:
-        leaving = {key for key, _ in self._snapshot.leaving}
+        leaving = {key for key, _ in self.decisions.leaving}
         groups = tuple(group for report in self.engines() for group in report.groups if group.key not in leaving)
         lost = tuple(address for report in self.engines() for address in report.lost)
         if (groups, lost) != (self._snapshot.groups, self._snapshot.lost):
             self._set(groups=groups, lost=lost)
 
+    def _decide(self, **changes: object) -> None:
+        self._set(decisions=replace(self.decisions, **changes))  # type: ignore[arg-type]
+
     def _set(self, **changes: object) -> None:
         self._snapshot = replace(self._snapshot, version=self._snapshot.version + 1, **changes)  # type: ignore[arg-type]
+
+
+def _without(entries: tuple[tuple[str, float], ...], names: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+    return tuple(entry for entry in entries if entry[0] not in names)
 
 
 def _claim(report: EngineReport) -> Claim:

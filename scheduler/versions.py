@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-__all__ = ["pick_version"]
+__all__ = ["pick_version", "shares_of"]
 
 
 def pick_version(
@@ -17,15 +17,20 @@ def pick_version(
     """
     if keep is not None and keep in there:
         return keep
-    names = sorted(there)
-    shares = [max(0.0, weights.get(name, 1.0)) for name in names]
-    total = sum(shares)
-    if total <= 0:
-        shares, total = [1.0] * len(names), float(len(names))
-    left = point * total
-    for name, share in zip(names, shares, strict=True):
+    shares = shares_of(there, weights)
+    left = point
+    for name, share in shares.items():
         if left < share:
             return name
         left -= share
     # Rounding can leave a sliver behind the last one.
-    return next((name for name, share in zip(reversed(names), reversed(shares), strict=True) if share > 0), None)
+    return next((name for name, share in reversed(shares.items()) if share > 0), None)
+
+
+def shares_of(there: Collection[str], weights: Mapping[str, float]) -> dict[str, float]:
+    """Each version's part of the requests, by name; together 1."""
+    shares = {name: max(0.0, weights.get(name, 1.0)) for name in sorted(there)}
+    if not sum(shares.values()):
+        shares = dict.fromkeys(shares, 1.0)
+    total = sum(shares.values())
+    return {name: share / total for name, share in shares.items()}

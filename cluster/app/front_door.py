@@ -19,7 +19,7 @@ from cluster.app.spec import ClusterSpec
 from cluster.app.status import status_response
 from cluster.front_door.link import Link
 from cluster.front_door.server import FrontDoorServer, FrontDoorSettings
-from cluster.roster import FrontDoorReport, GroupTraffic, Snapshot
+from cluster.roster import Decisions, FrontDoorReport, GroupTraffic, Snapshot
 from cluster.roster_actor import find_roster
 from protos.shoal.v1 import admin_pb2
 
@@ -43,6 +43,8 @@ class FrontDoor:
         self._error = ""
         self._leaving: dict[str, asyncio.TimerHandle] = {}
         self._drained: asyncio.Task[None] | None = None
+        self._decisions = Decisions()
+        self._closed = False  # because its node was drained
         self._server = FrontDoorServer.from_folder(
             FrontDoorSettings(
                 front_door_id=self._id,
@@ -76,6 +78,9 @@ class FrontDoor:
         if self._following.done():
             self._following.result()
             raise RuntimeError("the roster is not followed any more")
+        if self._closed and self._node not in dict(self._decisions.closing):
+            # A server that has closed its port cannot open it again: Serve starts another in its place.
+            raise RuntimeError("the node takes requests again, and this front door has left")
 
     async def status(self) -> admin_pb2.StatusResponse:
         """What `shoal status` shows."""
@@ -84,10 +89,10 @@ class FrontDoor:
             await self._roster.report_front_door.remote(ours)
             engines, front_doors = await self._roster.overview.remote()
         except ray.exceptions.RayError:
-            answer = status_response(self._spec, (), (ours,), self._server.links.links)
+            answer = status_response(self._spec, (), (ours,), self._server.links.links, self._decisions)
             answer.warnings.append("the roster does not answer: engines and other front doors are not known")
             return answer
-        return status_response(self._spec, engines, front_doors, self._server.links.links)
+        return status_response(self._spec, engines, front_doors, self._server.links.links, self._decisions)
 
     def drain(self, request: admin_pb2.DrainRequest) -> AsyncIterator[admin_pb2.OperationEvent]:
         return carry_out(self._roster, "drain", request)
@@ -107,7 +112,7 @@ class FrontDoor:
     async def __del__(self) -> None:
         """Serve's farewell: open calls are finished first."""
         self._following.cancel()
-        await self._drain()
+        await self._drain(self._spec.drain_timeout_s)
         await self._server.stop()
         await self._roster.remove_front_door.remote(self._id)
 
@@ -128,21 +133,29 @@ class FrontDoor:
             if snapshot.version != version:
                 version = snapshot.version
                 self._act_on(snapshot)
-            if snapshot.draining and self._drained is None:
-                self._drained = asyncio.get_running_loop().create_task(self._drain(), name="drain")
+                self._leave_if_told(snapshot.decisions)
 
     def _act_on(self, snapshot: Snapshot) -> None:
         links, loop = self._server.links, asyncio.get_running_loop()
-        links.set_weights(dict(snapshot.weights))
+        decisions = self._decisions = snapshot.decisions
+        links.set_weights(dict(decisions.weights))
         self._server.set_groups(snapshot.groups, snapshot.lost)
-        for key, timeout_s in snapshot.leaving:
+        for key, timeout_s in decisions.leaving:
             if key not in self._leaving:
                 self._leaving[key] = loop.call_later(timeout_s, links.hand_over, key)
-        for key in self._leaving.keys() - dict(snapshot.leaving):
+        for key in self._leaving.keys() - dict(decisions.leaving):
             self._leaving.pop(key).cancel()
 
-    async def _drain(self) -> None:
-        await self._server.drain(self._spec.drain_timeout_s)
+    def _leave_if_told(self, decisions: Decisions) -> None:
+        closing_s = dict(decisions.closing).get(self._node)
+        if self._drained is not None or (closing_s is None and not decisions.draining):
+            return
+        self._closed = closing_s is not None
+        timeout_s = self._spec.drain_timeout_s if closing_s is None else closing_s
+        self._drained = asyncio.get_running_loop().create_task(self._drain(timeout_s), name="drain")
+
+    async def _drain(self, timeout_s: float) -> None:
+        await self._server.drain(timeout_s)
         await asyncio.to_thread(telemetry.flush)
 
     def _report(self) -> FrontDoorReport:
@@ -153,6 +166,7 @@ class FrontDoor:
             pid=os.getpid(),
             open_requests=self._server.num_open,
             ready=self._server.ready(),
+            draining=self._drained is not None,
             drained=self._drained is not None and self._drained.done(),
             error=self._error,
             dp_groups=tuple(key for key, link in links.items() if link.ready),

@@ -89,9 +89,9 @@ class Operator:
     def _tell(self, order: Order, news: News) -> None:
         self._say(f"{order.kind} {order.number}: {news.line}")
         try:
-            ray.get(self._roster.tell_news.remote(order.number, news), timeout=_CALL_S)
-        except RayError as error:
-            log.warning("the roster does not hear of order %d: %s", order.number, str(error).splitlines()[0])
+            self._world.tell_news(order.number, news)
+        except OperationFailed as error:
+            log.warning("nobody hears how order %d goes: %s", order.number, error)
 
     def _autoscale(self, autoscaler: Autoscaler) -> None:
         try:

@@ -19,6 +19,7 @@ from cluster.app.spec import ClusterSpec
 from cluster.engine.deployment import engine_deployment
 from cluster.engine.ranks import BESIDE_NICENESS
 from cluster.operations.world import OperationFailed
+from cluster.orders import News
 from cluster.roster import EngineReport, FrontDoorReport
 
 __all__ = ["RayWorld"]
@@ -59,8 +60,18 @@ class RayWorld:
     def stay(self, keys: Sequence[str]) -> None:
         self._ask("stay", tuple(keys))
 
+    def close_doors(self, node: str, timeout_s: float) -> None:
+        self._ask("close_doors", node, timeout_s)
+
+    def open_doors(self, node: str) -> None:
+        self._ask("open_doors", node)
+
     def weigh(self, weights: Sequence[tuple[str, float]]) -> None:
         self._ask("weigh", tuple(weights))
+
+    def tell_news(self, number: int, news: News) -> None:
+        """For whoever waits for an order."""
+        self._ask("tell_news", number, news)
 
     def now_s(self) -> float:
         return time.monotonic()

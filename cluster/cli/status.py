@@ -19,6 +19,7 @@ from protos.shoal.v1 import admin_pb2, admin_pb2_grpc
 __all__ = ["render", "show"]
 
 _TIMEOUT_S = 10.0
+_DRAINING = ", [yellow]draining[/yellow]"
 
 
 def show(target: str, api_key: str | None, *, as_json: bool, tls: Tls | None = None) -> None:
@@ -53,7 +54,7 @@ def render(answer: admin_pb2.StatusResponse) -> Iterator[str | Table]:
 
 
 def _engine(engine: admin_pb2.EngineStatus) -> Iterator[str | Table]:
-    yield f"[bold]{engine.name}[/bold]: {engine.state}, generation {engine.generation}"
+    yield f"[bold]{engine.name}[/bold]: {engine.state}, generation {engine.generation}, {_share(engine)}"
     facts = [engine.plan, engine.dtype]
     if engine.collectives:
         facts += [f"collectives: {engine.collectives}", f"kernels: {engine.kernels}"]
@@ -65,7 +66,7 @@ def _engine(engine: admin_pb2.EngineStatus) -> Iterator[str | Table]:
         for group in engine.dp_groups:
             blocks = f"{group.num_free_blocks} of {group.num_blocks} x {group.block_size}"
             counts = (group.num_running, group.num_waiting, blocks, group.num_preemptions)
-            groups.add_row(str(group.index), group.address, *map(str, counts))
+            groups.add_row(f"{group.index}{_DRAINING * group.draining}", group.address, *map(str, counts))
         yield groups
     if engine.ranks:
         moving = engine.expert_imbalance > 0
@@ -88,10 +89,20 @@ def _engine(engine: admin_pb2.EngineStatus) -> Iterator[str | Table]:
         yield f"  experts: imbalance {engine.expert_imbalance:.2f} (1 is even), moved {engine.expert_epoch} times"
 
 
+def _share(engine: admin_pb2.EngineStatus) -> str:
+    """The version with its part of the requests."""
+    told = f"version {engine.version}"
+    if engine.weight < 1:
+        told += f" ({engine.weight:.0%} of the requests)"
+    return told + _DRAINING * engine.draining
+
+
 def _front_doors(answer: admin_pb2.StatusResponse) -> Table:
     table = Table("front door", "node", "open requests", "DP groups", box=None)
     for door in answer.front_doors:
-        table.add_row(door.id, door.node, str(door.open_requests), ", ".join(door.dp_groups))
+        table.add_row(
+            f"{door.id}{_DRAINING * door.draining}", door.node, str(door.open_requests), ", ".join(door.dp_groups)
+        )
     return table
 
 

@@ -100,10 +100,13 @@ class Links:
     def choose(self, request: RouteRequest, *, version: str | None = None) -> Link | None:
         """The group for a sequence, or None while none is ready. `version` is the one that has begun it."""
         links = list(self._links.values())
-        versions = {link.address.version for link in links if link.ready}
+        ready = [link.address for link in links if link.ready]
+        versions = {address.version for address in ready}
         if len(versions) > 1:
+            # A version whose every group has just failed it is as good as gone: any other that there is can answer.
+            sound = {address.version for address in ready if address.key not in request.avoid} or versions
             point = random.random()  # noqa: S311 - spreads requests
-            chosen = pick_version(versions, self._weights, point, keep=version)
+            chosen = pick_version(sound, self._weights, point, keep=version)
             links = [link for link in links if link.address.version == chosen]
         views = [link.view() for link in links]
         index = self._policy.choose(views, request)

@@ -71,6 +71,12 @@ class Fleet:
         if not self._await(lambda engines, doors: _is_empty(doors, keys), timeout_s + _HAND_OVER_S):
             tell("a front door does not say that it has let go; its requests are replayed elsewhere")
 
+    def closed(self, node: str, timeout_s: float) -> bool:
+        """Waits for the node's front doors to be done with what was open; whether all said so."""
+        return self._await(
+            lambda engines, doors: all(door.drained for door in doors if door.node == node), timeout_s + _HAND_OVER_S
+        )
+
     def keys_of(self, names: Sequence[str]) -> list[str]:
         """The DP groups of these engines."""
         return [

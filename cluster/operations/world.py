@@ -39,6 +39,14 @@ class World(Protocol):
         """The opposite."""
         ...
 
+    def close_doors(self, node: str, timeout_s: float) -> None:
+        """The node's front doors take no new request; streams still open after `timeout_s` are to go on elsewhere."""
+        ...
+
+    def open_doors(self, node: str) -> None:
+        """The opposite."""
+        ...
+
     def weigh(self, weights: Sequence[tuple[str, float]]) -> None:
         """Shares of new requests by version; 1 for those that are not named."""
         ...

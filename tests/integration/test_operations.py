@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 
 from protos.shoal.v1 import inference_pb2 as pb
 from protos.shoal.v1 import inference_pb2_grpc
 from tests.checkpoints import tiny_llama
-from tests.integration.served import Served, run_shoal, serving
+from tests.integration.served import Served, eventually, run_shoal, serving
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -76,10 +77,16 @@ def test_engines_come_and_go_and_no_request_fails(tmp_path: Path) -> None:
             full = run_shoal("scale", "3", *at)
             assert full.returncode == 1
             assert "cluster.max_engines" in full.stderr
+            _check_the_roster_is_survived(served, at)
             down = run_shoal("drain", "engine-0", "--timeout-s", "1", *at)
             assert down.returncode == 0, down.stdout + down.stderr
-            new = run_shoal("rollout", str(config), "--version", "2", "--watch-s", "2", "--max-slowdown", "50", *at)
+            rollout = ("rollout", str(config), "--version", "2", "--watch-s", "2", "--max-slowdown", "50", *at)
+            killer = threading.Thread(target=_kill_while_it_rolls, args=(served,))
+            killer.start()
+            new = run_shoal(*rollout)
+            killer.join()
             assert new.returncode == 0, new.stdout + new.stderr + served.output
+            assert "version 2 serves alone" in new.stdout, "its news go on behind the roster's death"
             (engine,) = served.status().engines
             assert (engine.version, engine.state) == ("2", "ready")
         assert load.errors == []
@@ -93,6 +100,51 @@ def test_engines_come_and_go_and_no_request_fails(tmp_path: Path) -> None:
         served.interrupt()
         assert served.process.wait(timeout=60) == 0
         served.expect_nothing_left()
+
+
+def _process(served: Served, name: str) -> psutil.Process:
+    """Ray names the processes of its actors after them."""
+    found = [process for process in served.note_processes() if process.is_running()]
+    (actor,) = [process for process in found if process.cmdline()[:1] == [f"ray::{name}"]]
+    return actor
+
+
+def _kill(served: Served, name: str) -> None:
+    """And waits until Ray has started another."""
+    actor = _process(served, name)
+    actor.kill()
+    actor.wait(timeout=10)
+
+    def is_back() -> bool:
+        try:
+            return _process(served, name).pid != actor.pid
+        except (ValueError, psutil.NoSuchProcess):
+            return False
+
+    eventually(is_back, f"another {name}")
+
+
+def _check_the_roster_is_survived(served: Served, at: list[str]) -> None:
+    """What was drained stays so, and what was not does not."""
+    out = run_shoal("drain", "engine-1/rank-0", "--timeout-s", "1", *at)
+    assert out.returncode == 0, out.stdout + out.stderr
+    _kill(served, "RosterActor")
+
+    def draining() -> list[bool]:
+        return [engine.draining for engine in served.status().engines]
+
+    eventually(lambda: len(draining()) == 2, "both engines report themselves")
+    assert draining() == [False, True]
+    back = run_shoal("drain", "engine-1/rank-0", "--undo", *at)
+    assert back.returncode == 0, back.stdout + back.stderr
+    eventually(lambda: draining() == [False, False], "the group takes requests")
+
+
+def _kill_while_it_rolls(served: Served) -> None:
+    """Serve's controller as the new engine is being placed, the roster a little later."""
+    eventually(lambda: "starting engine-2 (version 2)" in served.output, "a new engine is started")
+    _kill(served, "ServeController")
+    _kill(served, "RosterActor")
 
 
 def _other_tokenizer(folder: Path, model: Path) -> Path:

@@ -395,6 +395,7 @@ class DPGroupStatus(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     NUM_PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     address: _builtins.str
     num_running: _builtins.int
@@ -403,6 +404,8 @@ class DPGroupStatus(_message.Message):
     num_blocks: _builtins.int
     block_size: _builtins.int
     num_preemptions: _builtins.int
+    draining: _builtins.bool
+    """takes nothing new"""
     def __init__(
         self,
         *,
@@ -414,10 +417,11 @@ class DPGroupStatus(_message.Message):
         num_blocks: _builtins.int = ...,
         block_size: _builtins.int = ...,
         num_preemptions: _builtins.int = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "index", b"index", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_size", b"block_size", "draining", b"draining", "index", b"index", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -115,14 +115,18 @@ def test_status_shows_everything() -> None:
     answer = admin_pb2.StatusResponse(version="1", model="m", warnings=["sums go over gloo"])
     engine = answer.engines.add(name="engine-0", state="ready", generation=3, plan="tensor 2", dtype="float32")
     engine.collectives = "gloo (no compiler)"
+    engine.version, engine.weight = "7", 0.25
     engine.dp_groups.add(index=0, address="127.0.0.1:5", num_running=4, num_blocks=9, block_size=16)
     engine.ranks.add(rank=1, node="n1", pid=42, device="cpu", threads=2, weight_bytes=1 << 20)
-    answer.front_doors.add(id="door", node="n1", open_requests=5, dp_groups=["engine-0/0"])
+    engine.dp_groups.add(index=1, draining=True)
+    answer.front_doors.add(id="door", node="n1", open_requests=5, dp_groups=["engine-0/0"], draining=True)
     console = Console(width=200, record=True, file=StringIO())
     for part in render(answer):
         console.print(part)
     text = console.export_text()
     for expected in ("generation 3", "gloo (no compiler)", "127.0.0.1:5", "1.0 MiB", "42", "door", "warning"):
+        assert expected in text
+    for expected in ("version 7 (25% of the requests)", "1, draining", "door, draining"):
         assert expected in text
 
 

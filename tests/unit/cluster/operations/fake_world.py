@@ -50,6 +50,8 @@ class FakeWorld:
         self.engines = {f"engine-{i}": _Engine(first.version, 0.0) for i in range(first.engines)}
         self.left: dict[str, float] = {}  # groups that get nothing new, and since when
         self.weights: dict[str, float] = {}
+        self.doors = ["10.0.0.0", "10.0.0.1"]
+        self.closed: dict[str, float] = {}  # nodes whose front doors take nothing new, and since when
         self.log: list[str] = []
         self.doomed: set[str] = set()
         self.errors: dict[str, float] = {}
@@ -67,7 +69,17 @@ class FakeWorld:
             if report.status.state == "ready" and f"{report.engine}/0" not in self.left
         )
         traffic = tuple(self._traffic(name, engine) for name, engine in self.engines.items())
-        doors = [FrontDoorReport(id=str(number), node="n", dp_groups=keys, traffic=traffic) for number in range(2)]
+        doors = [
+            FrontDoorReport(
+                id=node,
+                node=node,
+                dp_groups=keys,
+                traffic=traffic,
+                ready=node not in self.closed,
+                drained=self._over(node),
+            )
+            for node in self.doors
+        ]
         return reports, doors
 
     def start_engine(self, name: str, spec: ClusterSpec) -> None:
@@ -91,6 +103,16 @@ class FakeWorld:
     def stay(self, keys: Sequence[str]) -> None:
         for key in keys:
             self.left.pop(key, None)
+
+    def close_doors(self, node: str, timeout_s: float) -> None:
+        self.log.append(f"close {node}")
+        self.closed[node] = self.time_s
+
+    def open_doors(self, node: str) -> None:
+        del self.closed[node]
+
+    def _over(self, node: str) -> bool:
+        return node in self.closed and self.time_s - self.closed[node] >= self.linger_s
 
     def weigh(self, weights: Sequence[tuple[str, float]]) -> None:
         self.weights = dict(weights)

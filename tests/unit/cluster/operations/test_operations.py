@@ -45,7 +45,35 @@ def test_a_node_is_drained_of_its_engines() -> None:
     fleet, world = _fleet(3)
     drain(fleet, admin_pb2.DrainRequest(target="10.0.0.1"), lambda line: None)
     assert list(fleet.names) == ["engine-0", "engine-2"]
-    assert world.log == ["stop engine-1"]
+    assert world.log == ["close 10.0.0.1", "stop engine-1"], "clients go elsewhere first"
+    assert world.time_s - 100.0 >= 2 * world.linger_s, "both were waited for"
+    with pytest.raises(OperationFailed, match=r"only front doors are on 10\.0\.0\.0"):
+        drain(fleet, admin_pb2.DrainRequest(target="10.0.0.0"), lambda line: None)
+    assert list(world.closed) == ["10.0.0.1"]
+    drain(fleet, admin_pb2.DrainRequest(target="10.0.0.1", undo=True), lambda line: None)
+    assert world.closed == {}
+
+
+def test_a_node_with_front_doors_alone_is_drained_of_them() -> None:
+    fleet, world = _fleet()
+    world.doors.append("10.0.0.9")
+    drain(fleet, admin_pb2.DrainRequest(target="10.0.0.9"), lambda line: None)
+    assert (world.log, list(fleet.names)) == (["close 10.0.0.9"], ["engine-0", "engine-1"])
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("engine-01", "the nearest is engine-1"),
+        ("engine0/rank-0", "the nearest is engine-0/rank-0"),
+        ("10.0.0.11", "the nearest is 10.0.0.1"),
+        ("elsewhere", "there are engine-0, engine-1, 10.0.0.0, 10.0.0.1, engine-0/rank-0, engine-1/rank-0"),
+    ],
+)
+def test_a_wrong_name_is_told_the_nearest(target: str, says: str) -> None:
+    fleet, _ = _fleet()
+    with pytest.raises(OperationFailed, match=says):
+        drain(fleet, admin_pb2.DrainRequest(target=target), lambda line: None)
 
 
 def test_a_ranks_group_takes_nothing_until_it_is_undone() -> None:
@@ -181,3 +209,17 @@ def test_orders_wait_in_line_and_their_news_is_kept() -> None:
         orders.tell(number, News("done", ""))
     assert orders.news(first, 0) is None, "old ones are forgotten"
     assert orders.news(second, 0) == (), "but none that is not over"
+
+
+def test_orders_outlive_whoever_keeps_them() -> None:
+    orders = Orders()
+    first, second = orders.give("drain", b"\x00\xff"), orders.give("scale", b"b")
+    orders.take()
+    orders.tell(first, News("running", "x"))
+    again = Orders(orders.kept())
+    again.tell(first, News("done", "y"))
+    assert [news.line for news in again.news(first, 0) or ()] == ["x", "y"], "who carries it out has lived on"
+    taken = again.take()
+    assert taken is not None
+    assert taken.number == second
+    assert again.give("scale", b"") == second + 1

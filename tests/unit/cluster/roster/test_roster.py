@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.front_door.groups import GroupAddress
-from cluster.roster import Claim, EngineReport, FrontDoorReport, Roster
+from cluster.roster import Claim, Decisions, EngineReport, FrontDoorReport, Roster
 from protos.shoal.v1 import admin_pb2
 
 ENGINES = ("engine-0", "engine-1")
@@ -127,7 +127,7 @@ def test_draining_is_news() -> None:
     roster, _ = make()
     version = roster.snapshot().version
     roster.drain()
-    assert roster.snapshot().draining
+    assert roster.decisions.draining
     assert roster.snapshot().version > version
 
 
@@ -145,10 +145,10 @@ def test_groups_that_leave_are_not_given_to_front_doors() -> None:
     version = roster.snapshot().version
     roster.leave(("engine-0/0",), 7.0)
     assert roster.snapshot().groups == ()
-    assert roster.snapshot().leaving == (("engine-0/0", 7.0),)
+    assert roster.decisions.leaving == (("engine-0/0", 7.0),)
     assert roster.snapshot().version > version
     roster.stay(("engine-0/0",))
     assert roster.snapshot().groups == (group("engine-0"),)
-    assert roster.snapshot().leaving == ()
+    assert roster.decisions == Decisions()
     roster.weigh((("2", 0.5),))
-    assert roster.snapshot().weights == (("2", 0.5),)
+    assert roster.decisions.weights == (("2", 0.5),)
