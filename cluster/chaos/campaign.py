@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import grpc
+
 from cluster.chaos.doors import ChaosError, Doors
 from cluster.chaos.injector import AdminInjector, Harm, Injector, Process, processes_there
 from cluster.chaos.load import Load, Work, reference
@@ -39,6 +41,7 @@ class Campaign:
     heal_timeout_s: float = 120.0
     verify: bool = True
     limits_s: Mapping[str, float] = field(default_factory=dict)
+    credentials: grpc.ChannelCredentials | None = None  # for TLS
 
 
 def works(count: int, num_tokens: int, seed: int) -> tuple[Work, ...]:
@@ -59,7 +62,7 @@ async def run(
     campaign: Campaign, tell: Callable[[str], None], *, injector: Callable[[Doors], Injector] = AdminInjector
 ) -> Verdict:
     """Raises ChaosError."""
-    doors = Doors(campaign.addresses, campaign.api_key)
+    doors = Doors(campaign.addresses, campaign.api_key, campaign.credentials)
     before = await doors.status()
     expected = None
     if campaign.verify:

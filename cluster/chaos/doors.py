@@ -31,16 +31,23 @@ class ChaosError(Exception):
 
 
 class Doors:
-    """`addresses` with a front door, or where one may come: one that is not there is passed over."""
+    """`addresses` with a front door, or where one may come: one that is not there is passed over. `credentials` are
+    for TLS."""
 
-    def __init__(self, addresses: Sequence[str], api_key: str) -> None:
+    def __init__(
+        self, addresses: Sequence[str], api_key: str, credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
+        self._credentials = credentials
         self.addresses = tuple(addresses)
         self.metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._turns = itertools.cycle(self.addresses)
 
     def connect(self) -> grpc.aio.Channel:
         """To the next one; never a connection that is open already."""
-        return grpc.aio.insecure_channel(next(self._turns), options=CHANNEL_OPTIONS)
+        address = next(self._turns)
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        return grpc.aio.secure_channel(address, self._credentials, options=CHANNEL_OPTIONS)
 
     async def status(self, *, tries: int = _TRIES) -> admin_pb2.StatusResponse:
         """From any that answers; each try is a round. Raises ChaosError."""

@@ -51,17 +51,25 @@ class Tls:
             key=Path(key) if key else None,
         )
 
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """None: in the clear. Ends the program where a file cannot be read."""
+        import grpc  # only now: the options above are imported to show the help
+
+        if not (self.enabled or self.ca or self.cert or self.key):
+            return None
+        if (self.cert is None) != (self.key is None):
+            fail("--tls-cert and --tls-key go together")
+        return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.cert))
+
     def channel(self, address: str) -> grpc.Channel:
         """The connection opens with the first call. Ends the program where a file cannot be read."""
-        import grpc  # only now: the options above are imported to show the help
+        import grpc
 
         from cluster.client.held import CHANNEL_OPTIONS
 
-        if not (self.enabled or self.ca or self.cert or self.key):
+        credentials = self.credentials()
+        if credentials is None:
             return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        if (self.cert is None) != (self.key is None):
-            fail("--tls-cert and --tls-key go together")
-        credentials = grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.cert))
         return grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
 
 

@@ -15,6 +15,7 @@ from cluster.config.environment import cache_folder
 from cluster.doctor.facts import Wanted
 from cluster.doctor.finding import Finding, Level, failure
 from cluster.doctor.report import as_json, render
+from cluster.front_door.tls import TlsFiles
 from cluster.models import catalog
 from cluster.models.errors import ModelError
 
@@ -79,7 +80,18 @@ def _wanted(config: Config, model_path: str) -> Wanted:
         interface=config.cluster.network.interface,
         tensor=tensor,
         device="cuda" if config.inference.device_map == "cuda" else "cpu",
+        tls=_tls(config),
     )
+
+
+def _tls(config: Config) -> TlsFiles | None:
+    """As the file names them; whether they are there, and fit, is to be found on each node."""
+    section = config.security.tls
+    if section is None:
+        return None
+    cert, key = (str(Path(name).expanduser().absolute()) for name in (section.cert, section.key))
+    client_ca = None if section.client_ca is None else str(Path(section.client_ca).expanduser().absolute())
+    return TlsFiles(cert=cert, key=key, client_ca=client_ca)
 
 
 def _model(config: Config) -> tuple[str, tuple[Finding, ...]]:

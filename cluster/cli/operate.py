@@ -47,6 +47,7 @@ def chaos(
     from cluster.chaos.campaign import Campaign, works
     from cluster.chaos.schedule import FAULTS, ROLES, Plan, crossed, parse_weights
     from cluster.cli.chaos import harm
+    from cluster.cli.connection import Tls
 
     try:
         plan = Plan(
@@ -68,6 +69,7 @@ def chaos(
             works=works(requests, tokens, seed),
             gap_s=(min(0.5, gap_s), gap_s),
             verify=verify,
+            credentials=Tls.from_environment().credentials(),
         ),
         out,
     )

@@ -91,6 +91,16 @@ def ports(nodes: Sequence[NodeFacts], wanted: Wanted) -> Iterator[Finding]:
             yield passed("ports", node.name, f"{', '.join(map(str, wanted.ports))} free")
 
 
+def certificate(nodes: Sequence[NodeFacts], wanted: Wanted) -> Iterator[Finding]:
+    """Front doors may be placed on any node."""
+    for node in nodes if wanted.tls is not None else ():
+        if node.tls_problem:
+            fix = "put the certificate and its key there, or name others in security.tls.cert and security.tls.key"
+            yield failure("certificate", node.name, node.tls_problem, fix)
+        else:
+            yield passed("certificate", node.name, "there, and its key fits")
+
+
 def clocks(nodes: Sequence[NodeFacts], wanted: Wanted) -> Iterator[Finding]:
     """Against the asking machine; what the measurement cannot tell apart is not held against anybody."""
     del wanted
@@ -222,6 +232,7 @@ CHECKS: tuple[Check, ...] = (
     versions,
     addresses,
     ports,
+    certificate,
     clocks,
     shared_memory,
     memory,

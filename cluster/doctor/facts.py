@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cluster.front_door.tls import TlsFiles
+
 __all__ = ["Interface", "Link", "ModelThere", "NodeFacts", "Wanted"]
 
 
@@ -18,6 +20,7 @@ class Wanted:
     interface: str | None = None
     tensor: int = 1
     device: str = "cpu"
+    tls: TlsFiles | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +64,7 @@ class NodeFacts:
     model: ModelThere | None = None
     taken_ports: tuple[int, ...] = ()
     serving: bool = False  # a front door of ours answers at the first of the ports
+    tls_problem: str = ""  # why the doors cannot use the certificate
     cores: int = 0
     gpus: int = 0
     token_auth: bool = True

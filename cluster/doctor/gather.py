@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import socket
+import ssl
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import cluster
 from cluster.config.environment import ray_uses_token
 from cluster.config.machine import this_machine
 from cluster.doctor.facts import Interface, ModelThere, NodeFacts, Wanted
+from cluster.front_door.tls import Certificates, TlsFiles
 from cluster.models.errors import ModelError
 from cluster.models.folder import inspect
 
@@ -24,6 +26,7 @@ _PACKAGES = ("shoal", "torch", "deepspeed", "ray", "grpcio", "protobuf")
 _OURS = ("cluster", "protos", "scheduler", "workers")
 _FOLDERS = ("/tmp",)  # noqa: S108  # where Ray keeps its logs and sockets, and spills what it cannot hold
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108
+_HANDSHAKE_S = 2.0
 
 
 def gather(wanted: Wanted, *, address: str) -> NodeFacts:
@@ -45,7 +48,8 @@ def gather(wanted: Wanted, *, address: str) -> NodeFacts:
         sums_compiled=wanted.tensor > 1 and _sums_compiled(),
         model=model_there(wanted.model_path) if wanted.model_path else None,
         taken_ports=taken,
-        serving=bool(taken) and _answers(wanted.host, taken[0]),
+        serving=bool(taken) and _answers(wanted.host, taken[0], tls=wanted.tls is not None),
+        tls_problem=_tls_problem(wanted.tls),
         cores=machine.cores,
         gpus=machine.gpus,
         token_auth=ray_uses_token(),
@@ -124,12 +128,14 @@ def _taken(host: str, port: int) -> bool:
     return False
 
 
-def _answers(host: str, port: int) -> bool:
+def _answers(host: str, port: int, *, tls: bool) -> bool:
     """Whether a front door listens there, healthy or not."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     target = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104
+    if tls:
+        return _shakes_hands(target, port)
     with grpc.insecure_channel(f"{target}:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
         request = health_pb2.HealthCheckRequest(service="shoal.v1.Inference")
         try:
@@ -137,3 +143,30 @@ def _answers(host: str, port: int) -> bool:
         except grpc.RpcError:
             return False
     return True
+
+
+def _shakes_hands(host: str, port: int) -> bool:
+    """Whether somebody speaks HTTP/2 over TLS there. Whose certificate it is does not matter to who only looks, and
+    without one of our own a door that asks for it would say no more."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    try:
+        with (
+            socket.create_connection((host, port), timeout=_HANDSHAKE_S) as plain,
+            context.wrap_socket(plain) as secure,
+        ):
+            return secure.selected_alpn_protocol() == "h2"
+    except OSError:
+        return False
+
+
+def _tls_problem(files: TlsFiles | None) -> str:
+    if files is None:
+        return ""
+    try:
+        Certificates(files)
+    except (OSError, ValueError) as error:
+        return f"{files.cert} and {files.key}: {getattr(error, 'strerror', None) or error}"
+    return ""

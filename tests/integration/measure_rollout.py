@@ -32,6 +32,7 @@ from tests.integration.served import SHOAL, Served, serving
 
 _LONGEST_PAUSE_S = 1.0
 _SETTLE_S = 3.0
+_LAG_EVERY_S = 0.02
 _CONFIG = """
 parallel: {data: 2}
 inference: {deterministic: true, max_model_len: 1024}
@@ -165,6 +166,26 @@ async def _give(order: Order, served: Served) -> Done:
     return done
 
 
+class _Lag:
+    """How late this process itself comes to do what it meant to: a pause that is its own is nobody else's."""
+
+    def __init__(self) -> None:
+        self.late: list[tuple[float, float]] = []  # by how much, and when
+        self._task = asyncio.create_task(self._run())
+
+    def stop(self) -> None:
+        self._task.cancel()
+
+    def longest_s(self, done: Done) -> float:
+        return max((late_s for late_s, at_s in self.late if done.began_s <= at_s <= done.ended_s), default=0.0)
+
+    async def _run(self) -> None:
+        while True:
+            meant_s = time.monotonic() + _LAG_EVERY_S
+            await asyncio.sleep(_LAG_EVERY_S)
+            self.late.append((time.monotonic() - meant_s, meant_s))
+
+
 async def run(
     served: Served, asked: Sequence[Order], num_streams: int
 ) -> tuple[list[Done], Load, Mapping[Work, list[int]]]:
@@ -177,6 +198,7 @@ async def run(
     expected = await reference(connect, some, ())
     load = Load(connect, some, num_streams=num_streams, patience_s=0.0)
     running = asyncio.create_task(load.run())
+    lag = _Lag()
     done = []
     try:
         await asyncio.sleep(_SETTLE_S)
@@ -187,9 +209,11 @@ async def run(
                 f"{pause_s:.2f} s at {at_s:.1f} s" for pause_s, at_s in done[-1].pauses(load.records)[:5]
             )
             progress(f"{order.what}: {took_s:.1f} s; longest pauses: {pauses}")
+            progress(f"    we ourselves were late by {lag.longest_s(done[-1]):.2f} s at most")
             for line in done[-1].lines:
                 progress(f"    {line}")
     finally:
+        lag.stop()
         load.stop()
         await running
     return done, load, expected

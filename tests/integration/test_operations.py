@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,26 +104,22 @@ def test_engines_come_and_go_and_no_request_fails(tmp_path: Path) -> None:
         served.expect_nothing_left()
 
 
-def _process(served: Served, name: str) -> psutil.Process:
-    """Ray names the processes of its actors after them."""
-    found = [process for process in served.note_processes() if process.is_running()]
-    (actor,) = [process for process in found if process.cmdline()[:1] == [f"ray::{name}"]]
-    return actor
+def _pids(served: Served, name: str) -> list[int]:
+    """Ray names the processes of its actors after them, and after what they are doing."""
+    found = []
+    for process in served.note_processes():
+        with suppress(psutil.Error):  # it has ended
+            if "".join(process.cmdline()[:1]).partition(".")[0] == f"ray::{name}":
+                found.append(process.pid)
+    return found
 
 
 def _kill(served: Served, name: str) -> None:
     """And waits until Ray has started another."""
-    actor = _process(served, name)
-    actor.kill()
-    actor.wait(timeout=10)
-
-    def is_back() -> bool:
-        try:
-            return _process(served, name).pid != actor.pid
-        except (ValueError, psutil.NoSuchProcess):
-            return False
-
-    eventually(is_back, f"another {name}")
+    eventually(lambda: len(_pids(served, name)) == 1, f"a {name}")
+    (pid,) = _pids(served, name)
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: bool(set(_pids(served, name)) - {pid}), f"another {name}")
 
 
 def _check_the_roster_is_survived(served: Served, at: list[str]) -> None:

@@ -10,15 +10,21 @@ import grpc
 import httpx
 import pytest
 
+from cluster.chaos import campaign
+from cluster.chaos.schedule import Plan
 from cluster.cli.chat_client import ChatError, Conversation, connect
 from cluster.cli.connection import Tls
+from cluster.doctor import checks
+from cluster.doctor.facts import Wanted
+from cluster.doctor.finding import Level
+from cluster.doctor.gather import gather
 from cluster.front_door.server import FrontDoorServer
 from cluster.front_door.tls import TlsFiles
 from protos.shoal.v1 import inference_pb2 as pb
 from protos.shoal.v1 import inference_pb2_grpc
 from tests.certificates import Authority
 from tests.fakes import FakeGroup, says
-from tests.integration.doors import open_door
+from tests.integration.doors import FakeOperations, open_door
 
 
 @pytest.fixture
@@ -125,3 +131,36 @@ async def test_shoal_chat_speaks_it(authority: Authority) -> None:
 def _names(address: str, tls: Tls) -> list[str]:
     with connect(address, None, tls) as server:
         return server.model_names()
+
+
+async def test_shoal_chaos_speaks_it(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(campaign, "_SETTLE_S", 0.2)
+    async with open_door(FakeGroup(), tls=files(authority), operations=FakeOperations()) as door:
+        asked = campaign.Campaign(
+            addresses=[f"127.0.0.1:{door.server.grpc_port}"],
+            api_key="",
+            plan=Plan(roles={"rank": 1.0}, kinds={"kill": 1.0}),
+            num_faults=0,
+            num_streams=1,
+            works=campaign.works(2, 4, seed=1),
+            credentials=Tls(ca=authority.ca).credentials(),
+        )
+        found = await campaign.run(asked, lambda line: None)
+        assert found.clean
+        assert found.num_started > 0
+
+
+async def test_the_doctor_knows_a_front_door_and_its_certificate(authority: Authority, tmp_path: Path) -> None:
+    clients = Authority(tmp_path, "clients")
+    served = files(authority, client_ca=clients.ca)
+    async with open_door(FakeGroup(), tls=served) as door:
+        wanted = Wanted(ports=(door.server.grpc_port,), tls=served)
+        facts = await asyncio.to_thread(gather, wanted, address="127.0.0.1")
+        assert facts.serving
+        (finding,) = checks.certificate([facts], wanted)
+        assert (finding.level, facts.tls_problem) == (Level.OK, "")
+        authority.spoil("server")
+        (finding,) = checks.certificate([await asyncio.to_thread(gather, wanted, address="127.0.0.1")], wanted)
+        assert finding.level is Level.FAILURE
+        assert "server.key" in finding.text
+        assert "security.tls.cert" in finding.fix

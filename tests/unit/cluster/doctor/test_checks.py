@@ -12,9 +12,12 @@ from cluster.doctor import checks
 from cluster.doctor.facts import Interface, Link, ModelThere, NodeFacts, Wanted
 from cluster.doctor.finding import Finding, Level
 from cluster.doctor.nodes import rounds
+from cluster.front_door.tls import TlsFiles
 
 GIB = 1 << 30
-WANTED = Wanted(model_path="/models/m", ports=(9000, 8000), host="0.0.0.0")
+WANTED = Wanted(
+    model_path="/models/m", ports=(9000, 8000), host="0.0.0.0", tls=TlsFiles(cert="/server.pem", key="/server.key")
+)
 LOOPBACK = Interface(name="lo", addresses=("127.0.0.1",), up=True, mbits_per_s=0)
 
 
@@ -67,6 +70,12 @@ def test_healthy_machines_pass_every_check() -> None:
             "ip link set eth0 up",
         ),
         ({"taken_ports": (9000,)}, "ports", "9000 taken", "--port"),
+        (
+            {"tls_problem": "/server.pem and /server.key: no such file"},
+            "certificate",
+            "no such file",
+            "security.tls.cert",
+        ),
         ({"clock_ahead_s": 4.0, "clock_error_s": 0.01}, "clock", "+4.000 s", "NTP"),
         ({"clock_ahead_s": -4.0, "clock_error_s": 0.01}, "clock", "-4.000 s", "NTP"),
         ({"shared_memory_free_bytes": 1 << 20}, "shared memory", "1.0 MiB of 8.0 GiB", "--shm-size"),
