@@ -27,6 +27,7 @@ SECTIONS = {
     "moe": "loadtest.peers.moe",
     "ep": "tests.integration.measure_ep",
     "moe-layer": "tests.integration.measure_moe_layer",
+    "rollout": "tests.integration.measure_rollout",
     "serve-proxy": "loadtest.peers.serve_proxy",
     "latency": "loadtest.peers.latency",
     "scheduler-simulated": "loadtest.peers.scheduler_simulated",

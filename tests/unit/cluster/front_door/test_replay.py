@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -102,6 +103,22 @@ async def test_failures_are_replayed_with_pauses_and_not_for_ever() -> None:
             assert _where(it, submit) != at
     with pytest.raises(Unavailable, match="too often"):
         await task
+
+
+async def test_what_a_bad_version_fails_the_old_one_finishes() -> None:
+    it = bench()
+    versions = [replace(address(f"engine/{at}", port=at + 1), version=str(at + 1)) for at in range(2)]
+    it.links.set_groups(versions)
+    for link in it.made.values():
+        link.up()
+    it.links.set_weights({"1": 0.0, "2": 1.0})
+    task, (submit,) = await it.begin(_call(max_tokens=6))
+    assert _where(it, submit) == 1
+    it.link(1).answer(submit, "ab")
+    it.link(1).end(submit, pb.FINISH_FAILED, "the weights are no good")
+    (replay,) = it.link(0).submits
+    it.link(0).answer(replay, "cdef", finish=pb.FINISH_LENGTH)
+    assert _text(await task) == "abcdef"
 
 
 async def test_a_gap_is_not_forwarded_but_replayed() -> None:
