@@ -12,12 +12,14 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.shoal.v1 import admin_pb2, admin_pb2_grpc, session_pb2, session_pb2_grpc
 from tests.checkpoints import tiny_deepseek
 from tests.hosts import Host, Hosts, make_hosts, needs_hosts
 from tests.hosts.host import HOME, ROOT
 from tests.hosts.ray_cluster import RAY_ENV, join, ray_cluster, serving_on, shoal
+from tests.integration.served import eventually
 
 pytestmark = [needs_hosts, pytest.mark.root, pytest.mark.timeout(240)]
 
@@ -98,6 +100,44 @@ def test_an_engine_over_two_hosts_answers_a_third(hosts: Hosts, model: Path) -> 
         assert {address.rpartition(":")[0] for address in addresses} == {first.address, second.address}
         assert len({rank.node for rank in engine.ranks}) == 2
         assert [refusal(address) for address in addresses] == [grpc.StatusCode.UNAUTHENTICATED] * 2
+
+
+def test_a_drained_host_sends_its_clients_to_the_other(hosts: Hosts, model: Path) -> None:
+    """Its door says so to health checks and closes; a stream that is open there is resumed at the other door."""
+    first, second, client = hosts
+    text = (
+        config(data=1).replace("cluster: {", "cluster: {engines: 2, front_doors: 2, ").replace(KEY, f"{{ops: {KEY}}}")
+    )
+    with serving_on(first, model, text.replace("security: {", "security: {administrators: [ops], ")) as server:
+        status = door_status(first)
+        assert {door.node for door in status.front_doors} == {first.address, second.address}, server.output
+        with grpc.insecure_channel(f"{second.address}:{PORT}") as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=120)
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+            doors = f"{second.address}:{PORT},{first.address}:{PORT}"
+            stream = client.start(sys.executable, "-m", "tests.hosts.follow", doors, KEY, TEXT, "400")
+            eventually(lambda: stream.output.startswith("begun"), "the stream has begun", timeout_s=30)
+            drain = ("drain", second.address, "--timeout-s", "0.2", "--address", f"{first.address}:{PORT}")
+            code, out, errors = shoal(first, *drain, "--api-key", KEY)
+            assert code == 0, out + errors + server.output
+            assert f"front doors on {second.address} are closed" in out
+            assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        eventually(lambda: stream.poll() is not None, "the stream has ended", timeout_s=60)
+        assert "finished 400 tokens" in stream.output
+        after = door_status(first)
+        assert [(door.node, door.draining) for door in after.front_doors if door.draining] == [(second.address, True)]
+        assert {rank.node for engine in after.engines for rank in engine.ranks} == {first.address}
+        code, out, errors = shoal(
+            first, "drain", first.address, "--address", f"{first.address}:{PORT}", "--api-key", KEY
+        )
+        assert code == 1
+        assert "nothing else takes requests" in errors
+
+
+def door_status(host: Host) -> admin_pb2.StatusResponse:
+    with grpc.insecure_channel(f"{host.address}:{PORT}") as channel:
+        metadata = (("authorization", f"Bearer {KEY}"),)
+        return admin_pb2_grpc.AdminStub(channel).Status(admin_pb2.StatusRequest(), metadata=metadata, timeout=20)
 
 
 def serve_in_vain(host: Host, model: Path, text: str) -> list[str]:

@@ -139,7 +139,7 @@ async def test_shoal_chaos_speaks_it(authority: Authority, monkeypatch: pytest.M
         asked = campaign.Campaign(
             addresses=[f"127.0.0.1:{door.server.grpc_port}"],
             api_key="",
-            plan=Plan(roles={"rank": 1.0}, kinds={"kill": 1.0}),
+            plan=Plan(weights={("kill", "rank"): 1.0}),
             num_faults=0,
             num_streams=1,
             works=campaign.works(2, 4, seed=1),
