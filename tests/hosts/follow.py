@@ -1,6 +1,6 @@
-"""A client for hosts that follows its stream over several doors: `python -m tests.hosts.follow DOOR,DOOR KEY TEXT COUNT`.
+"""A client for hosts that follows its stream over several doors.
 
-Says "begun" with the first token, and in the end how many came, each once and in order.
+`python -m tests.hosts.follow DOOR,DOOR KEY TEXT COUNT` says "begun" with the first token, and in the end how many came, each once and in order.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ async def main() -> None:
     def connect() -> grpc.aio.Channel:
         return grpc.aio.insecure_channel(next(turns), options=CHANNEL_OPTIONS)
 
+    begun = False
     async for _ in follow(connect, held, metadata=metadata):
-        if len(held.token_ids[0]) == 1:
+        if not begun:
+            begun = True
             print("begun", flush=True)
     print(f"finished {len(held.token_ids[0])} tokens", flush=True)
 
