@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,8 @@ from cluster.roster import EngineReport, FrontDoorReport
 
 __all__ = ["RayWorld"]
 
+log = logging.getLogger(__name__)
+
 _CALL_S = 15.0
 _TRY_S = 30.0  # the roster is started again by Ray, and hears everything anew
 
@@ -42,17 +45,12 @@ class RayWorld:
     def start_engine(self, name: str, spec: ClusterSpec) -> None:
         self._need_room(spec)
         spec = replace(spec, settings=replace(spec.settings, load_niceness=BESIDE_NICENESS))
-        try:
-            serve.run(engine_deployment(spec).bind(spec, name), name=app_name(name), route_prefix=None)
-        except (RayError, RayServeException, RuntimeError) as error:
-            raise OperationFailed(f"Ray Serve does not start {name}: {str(error).splitlines()[0]}") from None
+        app = engine_deployment(spec).bind(spec, name)
+        self._have_served(f"start {name}", lambda: serve.run(app, name=app_name(name), route_prefix=None))
 
     def stop_engine(self, name: str) -> None:
-        try:
-            serve.delete(app_name(name))
-            reap_engine(name)
-        except (RayError, RayServeException, RuntimeError) as error:
-            raise OperationFailed(f"Ray Serve does not end {name}: {str(error).splitlines()[0]}") from None
+        self._have_served(f"end {name}", lambda: serve.delete(app_name(name)))
+        self._have_served(f"end {name}", lambda: reap_engine(name))
 
     def leave(self, keys: Sequence[str], timeout_s: float) -> None:
         self._ask("leave", tuple(keys), timeout_s)
@@ -79,6 +77,20 @@ class RayWorld:
     def wait(self, seconds: float) -> None:
         if self._stop.wait(seconds):
             raise OperationFailed("the cluster is shutting down")
+
+    def _have_served(self, what: str, act: Callable[[], object]) -> None:
+        """Once more where Serve's controller died meanwhile: Ray starts it again, and it knows what it knew."""
+        give_up_s = time.monotonic() + _TRY_S
+        while True:
+            try:
+                act()
+                return
+            except (RayError, RayServeException, RuntimeError) as error:
+                reason = str(error).partition("\n")[0]
+                if not isinstance(error, RayError) or time.monotonic() > give_up_s:
+                    raise OperationFailed(f"Ray Serve does not {what}: {reason}") from None
+                log.warning("Ray Serve does not %s yet: %s", what, reason)
+            self.wait(0.5)
 
     def _ask(self, method: str, *arguments: object) -> Any:
         give_up_s = time.monotonic() + _TRY_S

@@ -1,6 +1,7 @@
 """A client for hosts that follows its stream over several doors.
 
-`python -m tests.hosts.follow DOOR,DOOR KEY TEXT COUNT` says "begun" with the first token, and in the end how many came, each once and in order.
+`python -m tests.hosts.follow DOOR,DOOR KEY TEXT COUNT` says "begun" with the first token, and in the end how many came,
+each once and in order.
 """
 
 from __future__ import annotations

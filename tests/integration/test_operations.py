@@ -140,7 +140,7 @@ def _check_the_roster_is_survived(served: Served, at: list[str]) -> None:
 
 def _kill_while_it_rolls(served: Served) -> None:
     """Serve's controller as the new engine is being placed, the roster a little later."""
-    eventually(lambda: "starting engine-2 (version 2)" in served.output, "a new engine is started")
+    eventually(lambda: "(version 2)" in served.output, "a new engine is started")
     _kill(served, "ServeController")
     _kill(served, "RosterActor")
 
