@@ -49,10 +49,18 @@ def roll_out(fleet: Fleet, rollout: Rollout, tell: Tell) -> None:
         else:
             steps.one_by_one(canary=rollout.strategy == "canary")
     except OperationFailed as failure:
-        steps.take_back()
-        raise OperationFailed(f"version {rollout.spec.version} was taken back: {failure}") from None
+        raise OperationFailed(_taken_back(steps, rollout.spec.version, failure)) from None
     fleet.spec = rollout.spec
     tell(f"version {rollout.spec.version} serves alone: {', '.join(fleet.names)}")
+
+
+def _taken_back(steps: _Steps, version: str, failure: OperationFailed) -> str:
+    """Takes it back, and says how that went."""
+    try:
+        steps.take_back()
+    except OperationFailed as worse:
+        return f"version {version} failed: {failure}; and it could not be taken back: {worse}; look at `shoal status`"
+    return f"version {version} was taken back: {failure}"
 
 
 class _Steps:

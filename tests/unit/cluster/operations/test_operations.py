@@ -211,6 +211,18 @@ def test_orders_wait_in_line_and_their_news_is_kept() -> None:
     assert orders.news(second, 0) == (), "but none that is not over"
 
 
+def test_what_cannot_be_taken_back_says_why_it_began() -> None:
+    fleet, world = _fleet()
+
+    def no_more(line: str) -> None:
+        if line.startswith("engine-0 has left"):
+            world.errors["2"] = 0.5
+            world.room = 3  # for the next of the new version, and not for the old one to come back
+
+    with pytest.raises(OperationFailed, match=r"failed, more than.*could not be taken back: no room"):
+        roll_out(fleet, Rollout(strategy="canary", spec=spec(version="2"), weight=0.5, watch_s=2.0), no_more)
+
+
 def test_orders_outlive_whoever_keeps_them() -> None:
     orders = Orders()
     first, second = orders.give("drain", b"\x00\xff"), orders.give("scale", b"b")
