@@ -25,7 +25,6 @@ from workers.step_log import StepLog
 __all__ = ["Leading"]
 
 _NO_TOKENIZER = "the model has no tokenizer.json"
-_NO_GRAMMARS = "the model is served with parallel.pipeline above 1, whose last stage knows no grammars"
 
 
 class Leading:
@@ -82,8 +81,7 @@ class Leading:
         if self._pulse is not None:
             self._pulse.start()
         vocab_size = self._runner.model_config.vocab_size
-        if settings.plan.pipeline == 1:  # tokens are sampled here
-            self._grammars = GrammarCompiler.from_folder(settings.model_path, vocab_size)
+        self._grammars = GrammarCompiler.from_folder(settings.model_path, vocab_size)
         self._session = SessionServer(
             self._loop,
             host=host,
@@ -93,7 +91,7 @@ class Leading:
             vocab_size=vocab_size,
             records=Records(time.monotonic, keep_s=settings.resume_window_s),
             grammars=self._grammars,
-            no_grammars=_NO_TOKENIZER if settings.plan.pipeline == 1 else _NO_GRAMMARS,
+            no_grammars=_NO_TOKENIZER,
         )
         self.address = f"{f'[{host}]' if ':' in host else host}:{self._session.start()}"
         self._loop.start()

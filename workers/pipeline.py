@@ -21,13 +21,14 @@ import torch
 from protos.shoal.v1 import session_pb2
 from scheduler.plan import StepPlan, StepResult
 from workers.execution import Forward
+from workers.guided import Afar, Opened
 from workers.inputs import StepInputs
 from workers.parallel.channel import PlanSender
 from workers.parallel.plan import ParallelPlan
 from workers.parallel.pulse import Pulse
 from workers.parallel.results import ResultReceiver, ResultSender
 from workers.relocation import Relocation
-from workers.rows import RowWriter, plan_from_rows, result_from_proto, result_to_proto
+from workers.rows import RowWriter, allowed_from_rows, plan_from_rows, result_from_proto, result_to_proto
 from workers.sampler import Sampler
 
 __all__ = ["FirstStage", "LastStage", "StageRanks"]
@@ -56,6 +57,7 @@ class StageRanks:
 class _Flight:
     step: int
     num_sequences: int
+    grammars: Opened
     patience_s: float
 
 
@@ -81,6 +83,7 @@ class FirstStage:
         self._pulse = pulse
         self._experts = experts
         self._rows = RowWriter()
+        self._grammars = Afar()
         self._flights: deque[_Flight] = deque()
 
     @property
@@ -113,11 +116,12 @@ class FirstStage:
         self._runner.forward(inputs)
         stage_s = time.monotonic() - began_s
         self._sender.send(message, self._ranks.later - {self._ranks.sampler})
-        self._rows.add(message, plan)
+        opened = self._grammars.open(plan)
+        self._rows.add(message, plan, opened.masks, opened.ended)
         self._sender.send(message, {self._ranks.sampler})
         num_later = self._ranks.num_stages - 1
         patience_s = num_later * (self._step_timeout_s + _PATIENCE * stage_s)
-        self._flights.append(_Flight(plan.step, len(plan.sequences), patience_s))
+        self._flights.append(_Flight(plan.step, len(plan.sequences), opened, patience_s))
         if len(self._flights) == 1:
             self._results.expect(patience_s)
 
@@ -127,7 +131,7 @@ class FirstStage:
         self._results.expect(self._flights[0].patience_s if self._flights else None)
         if answer.step != flight.step:
             raise RuntimeError(f"the last stage answered step {answer.step} instead of {flight.step}")
-        return result_from_proto(answer, flight.num_sequences)
+        return self._grammars.close(flight.grammars, result_from_proto(answer, flight.num_sequences))
 
     def keep_step(self) -> None:
         """One beat with the other groups, and the step that may follow from it, for which this group has no tokens."""
@@ -162,5 +166,5 @@ class LastStage:
         self._sampler = Sampler()
 
     def __call__(self, message: session_pb2.StepPlan, logits: torch.Tensor) -> None:
-        made = self._sampler.sample(logits, plan_from_rows(message))
+        made = self._sampler.sample(logits, plan_from_rows(message), allowed_from_rows(message))
         self._sender.send(result_to_proto(message, made))

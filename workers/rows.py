@@ -7,14 +7,19 @@ position and token id, so the rank that samples keeps nothing between steps.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from functools import lru_cache
+from types import MappingProxyType
+
+import numpy as np
 
 from protos.shoal.v1 import inference_pb2, session_pb2
 from scheduler.plan import ScheduledSequence, SequenceResult, StepPlan, StepResult
 from scheduler.request import SamplingParams
+from workers.guided import Allowed
 from workers.wire import logprobs_from_proto, logprobs_to_proto, sampling_from_proto, sampling_to_proto
 
-__all__ = ["RowWriter", "plan_from_rows", "result_from_proto", "result_to_proto"]
+__all__ = ["RowWriter", "allowed_from_rows", "plan_from_rows", "result_from_proto", "result_to_proto"]
 
 _KNOWN = 4096
 
@@ -26,13 +31,21 @@ class RowWriter:
         # By identity: parameters may hold what has no hash, and are kept here so that it cannot be another's.
         self._known: dict[int, tuple[SamplingParams, bytes]] = {}
 
-    def add(self, message: session_pb2.StepPlan, plan: StepPlan) -> None:
-        """Names every sequence of `plan` that has rows of logits."""
+    def add(
+        self,
+        message: session_pb2.StepPlan,
+        plan: StepPlan,
+        masks: Mapping[int, bytes] = MappingProxyType({}),
+        ended: Collection[int] = (),
+    ) -> None:
+        """Names every sequence of `plan` that has rows of logits. `masks` say which tokens may come in those that have
+        a grammar, by index in the plan; those whose grammar has `ended` sample nothing."""
         for index, sequence in enumerate(plan.sequences):
             if sequence.num_logits:
                 message.sampled.add(
                     index=index,
-                    samples=sequence.samples,
+                    samples=sequence.samples and index not in ended,
+                    allowed=masks.get(index),
                     num_prompt_tokens=sequence.num_prompt_tokens,
                     sampling=self._sampling(sequence.sampling),
                     forbidden_token_ids=sequence.forbidden_token_ids,
@@ -74,6 +87,16 @@ def plan_from_rows(message: session_pb2.StepPlan) -> StepPlan:
             )
         )
     return StepPlan(generation=message.generation, step=message.step, sequences=tuple(sequences))
+
+
+def allowed_from_rows(message: session_pb2.StepPlan) -> Allowed | None:
+    """What may come in the guided ones of the sequences that sample; None where there are none."""
+    masks = [row.allowed if row.HasField("allowed") else None for row in message.sampled if row.samples]
+    rows = [number for number, mask in enumerate(masks) if mask is not None]
+    if not rows:
+        return None
+    bits = [np.frombuffer(mask, dtype="<i4") for mask in masks if mask is not None]
+    return Allowed(rows, np.stack(bits))
 
 
 @lru_cache(maxsize=_KNOWN)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-import zlib
 from array import array
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +17,11 @@ from scheduler.plan import StepPlan, StepResult
 from tests.integration.front_door_stream import FrontDoorStream, sampling
 from tests.integration.rank_process import SECRET
 from tests.unit.cluster.tiny_tokenizers import byte_level
-from tests.unit.workers.guided.support import EOS, VOCAB, text_of
+from tests.unit.workers.guided.support import EOS, VOCAB, encode, text_of
+from tests.unit.workers.stage_threads import StageThreads, noise
 from workers.guided import GrammarCompiler
 from workers.loop import StepLoop
+from workers.pipelined_loop import PipelinedLoop
 from workers.records import Records
 from workers.sampler import Sampler
 from workers.session import SessionServer
@@ -29,9 +31,9 @@ PROMPT = list(range(5, 17))
 
 
 class Group:
-    """One rank's loop and session, whose model is noise that depends on the history."""
+    """A first rank's loop and session, whose model is noise that depends on the history."""
 
-    def __init__(self, *, num_blocks: int = 64, overlap: bool = False) -> None:
+    def __init__(self, *, num_blocks: int = 64, overlap: bool = False, num_stages: int = 1) -> None:
         self.compiler = GrammarCompiler(byte_level().to_str(), VOCAB)
         self._sampler = Sampler()
         settings = BatcherSettings(
@@ -42,8 +44,14 @@ class Group:
             num_blocks=num_blocks,
             max_waiting=64,
         )
-        self.batcher = Batcher(settings, clock=time.monotonic, generation=1)
-        self.loop = StepLoop(self.batcher, self._run, rank=0, clock=time.monotonic, overlap=overlap)
+        self.batcher = Batcher(settings, clock=time.monotonic, generation=1, num_flights=num_stages)
+        self.stages: StageThreads | None = None
+        if num_stages == 1:
+            self.loop = StepLoop(self.batcher, self._run, rank=0, clock=time.monotonic, overlap=overlap)
+        else:
+            self.stages = StageThreads(num_stages, block_size=4, vocab_size=VOCAB)
+            self.loop = PipelinedLoop(self.batcher, self.stages.first, rank=0, clock=time.monotonic)
+            self.stages.start(self.loop.wake, self.loop.fail)
         self.session = SessionServer(
             self.loop,
             host="127.0.0.1",
@@ -61,19 +69,26 @@ class Group:
         rows = []
         for one in plan.sequences:
             known = array("q", one.history[: one.num_computed + one.num_tokens])
-            noise = torch.Generator().manual_seed(zlib.crc32(known.tobytes()))
-            rows += [torch.randn(VOCAB, generator=noise) * 3] * one.num_logits
+            rows += [noise(known, VOCAB)] * one.num_logits
         return self._sampler.sample(torch.stack(rows) if rows else torch.empty(0, VOCAB), plan)
 
     def close(self) -> None:
         self.loop.stop(5)
+        if self.stages is not None:
+            self.stages.close()
         self.session.stop()
         self.compiler.close()
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
-def group(request: pytest.FixtureRequest) -> Iterator[Group]:
-    group = Group(overlap=request.param)
+@pytest.fixture(params=[{}, {"overlap": True}, {"num_stages": 3}], ids=["plain", "overlapped", "pipelined"])
+def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """All of them promise the same."""
+    return dict(request.param)
+
+
+@pytest.fixture
+def group(kind: dict[str, Any]) -> Iterator[Group]:
+    group = Group(**kind)
     yield group
     group.close()
 
@@ -110,9 +125,34 @@ async def test_a_stream_cut_at_any_position_goes_on_with_the_same_tokens(group: 
         assert rest == whole
 
 
-async def test_preempted_ones_go_on_as_if_nothing_had_been(group: Group) -> None:
+async def test_all_kinds_of_loops_say_the_same(group: Group, kind: dict[str, Any]) -> None:
+    """Guided ones beside others, with what else decides about a token."""
+    choice = inference_pb2.GuidedDecoding(choice=inference_pb2.GuidedDecoding.Choices(texts=["yes", "yes sir", "no"]))
+    digits = inference_pb2.GuidedDecoding(regex="[0-9]*")
+    submits = [
+        submit(1, SENTENCE),
+        submit(2, choice, temperature=0.0),
+        submit(3, SENTENCE, repetition_penalty=1.3, logprobs=2),
+        submit(4, None, max_tokens=20, stop_token_ids=list(range(0, VOCAB, 9))),
+        submit(5, digits, min_tokens=5),
+        submit(6, choice, prompt_logprobs=1, ignore_eos=True, min_tokens=30),
+        submit(7, inference_pb2.GuidedDecoding(regex="one"), *encode("one")),
+    ]
+    plain = Group()
+    try:
+        expected = await outputs(plain, *submits)
+    finally:
+        plain.close()
+    assert await outputs(group, *submits) == expected
+    assert text_of(expected[2]) in ("yes", "yes sir", "no")
+    assert text_of(expected[7]) == "one"
+    if group.stages is not None:
+        assert len({cache.num_steps for cache in group.stages.caches}) == 1
+
+
+async def test_preempted_ones_go_on_as_if_nothing_had_been(group: Group, kind: dict[str, Any]) -> None:
     submits = [submit(number, SENTENCE) for number in range(1, 7)]
-    tight = Group(num_blocks=20)
+    tight = Group(num_blocks=20, **kind)
     try:
         crowded = await outputs(tight, *submits)
         assert tight.batcher.load().num_preemptions > 0

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from protos.shoal.v1 import session_pb2
+from protos.shoal.v1 import inference_pb2, session_pb2
 from tests.checkpoints import tiny_deepseek
 from tests.integration.front_door_stream import FrontDoorStream, sampling
 from tests.integration.rank_process import Engine, StartEngine, engines, small_settings
@@ -21,7 +21,7 @@ from workers.parallel.plan import ParallelPlan
 from workers.settings import EngineSettings
 
 STEP_TIMEOUT_S = 2.0
-PROMPTS = [[1, 5 + number, *range(40, 40 + 7 * number)] for number in range(8)]
+PROMPTS = [[1, 5 + number, *range(40, 40 + 7 * number)] for number in range(9)]
 EXTRAS: list[dict[str, Any]] = [
     {},
     {"temperature": 1.0},
@@ -31,6 +31,7 @@ EXTRAS: list[dict[str, Any]] = [
     {"frequency_penalty": 0.5, "logit_bias": {7: 2.0}},
     {"min_tokens": 12, "ignore_eos": False},
     {"top_k": 5, "temperature": 1.5},
+    {"guided": inference_pb2.GuidedDecoding(regex="([a-z]{3,9} ){9}"), "temperature": 1.0, "logprobs": 0},
 ]
 
 

@@ -115,7 +115,8 @@ class Matching:
 
     def take(self, sequence: ScheduledSequence, token_id: int) -> bool:
         """Goes on by the token that was chosen; whether the grammar is complete with it."""
-        place = self._places[sequence.key]
+        # Between its mask and its token others may have been followed, so that it was forgotten.
+        place = self._places.get(sequence.key) or self._place(sequence)
         place.take(token_id)
         return place.complete
 

@@ -36,8 +36,11 @@ class Sampler:
         self._matching = Matching()
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, plan: StepPlan) -> StepResult:
-        """`logits` is [sum of num_logits, vocab] in the plan's order; the batch's results in the same order."""
+    def sample(self, logits: torch.Tensor, plan: StepPlan, allowed: Allowed | None = None) -> StepResult:
+        """`logits` is [sum of num_logits, vocab] in the plan's order; the batch's results in the same order.
+
+        `allowed` counts the sequences that sample; it is for plans whose grammars another rank follows.
+        """
         rows: list[_Row] = []
         prompts: dict[int, tuple[TokenLogprobs, ...]] = {}
         end = 0
@@ -49,7 +52,6 @@ class Sampler:
                 prompts[index] = prompt_logprobs(logits[start:end], sequence)
         assert end == logits.shape[0], f"{logits.shape[0]} rows of logits for a plan that has {end}"
         results = [SequenceResult(prompt_logprobs=prompts.get(index, ())) for index in range(len(plan.sequences))]
-        allowed: Allowed | None = None
         if any(row.sequence.sampling.grammar is not None for row in rows):
             rows, allowed = self._open(rows, results)
         if rows:

@@ -684,6 +684,7 @@ class SampledRows(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     FORBIDDEN_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     HISTORY_FIELD_NUMBER: _builtins.int
+    ALLOWED_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """in the plan"""
     samples: _builtins.bool
@@ -691,6 +692,10 @@ class SampledRows(_message.Message):
     num_prompt_tokens: _builtins.int
     sampling: _builtins.bytes
     """a shoal.v1.SamplingParams, the same bytes in every step of the sequence"""
+    allowed: _builtins.bytes
+    """Of a guided sequence, which tokens may come: little-endian words of 32 bits, the lowest of a word first. Where
+    none may any more, `samples` is false.
+    """
     @_builtins.property
     def forbidden_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -706,12 +711,15 @@ class SampledRows(_message.Message):
         sampling: _builtins.bytes = ...,
         forbidden_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         history: _abc.Iterable[_builtins.int] | None = ...,
+        allowed: _builtins.bytes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_allowed", b"_allowed", "allowed", b"allowed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forbidden_token_ids", b"forbidden_token_ids", "history", b"history", "index", b"index", "num_prompt_tokens", b"num_prompt_tokens", "samples", b"samples", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_allowed", b"_allowed", "allowed", b"allowed", "forbidden_token_ids", b"forbidden_token_ids", "history", b"history", "index", b"index", "num_prompt_tokens", b"num_prompt_tokens", "samples", b"samples", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__allowed: _TypeAlias = _typing.Literal["allowed"]  # noqa: Y015
+    _WhichOneofArgType__allowed: _TypeAlias = _typing.Literal["_allowed", b"_allowed"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__allowed) -> _WhichOneofReturnType__allowed | None: ...
 
 Global___SampledRows: _TypeAlias = SampledRows  # noqa: Y015
 

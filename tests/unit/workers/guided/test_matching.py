@@ -7,14 +7,16 @@ import random
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scheduler.plan import SequenceResult, StepPlan, StepResult
 from scheduler.request import Grammar, GrammarKind, SamplingParams
 from tests.unit.workers.guided.support import EOS, VOCAB, allowed_ids, compiled, encode, guided, regex, text_of
 from tests.unit.workers.sampler.plans import decoding
-from workers.guided import Matching
+from workers.guided import Afar, Matching
 
 leaves: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.just({"type": "boolean"}),
@@ -193,6 +195,34 @@ def test_places_of_those_that_are_gone_are_forgotten() -> None:
     many = [guided(grammar, encode("a"), key=f"many {number}") for number in range(100)]
     assert matching.follow(many) == [None] * 100
     assert matching.allowed(many) is not None
+
+
+def test_a_place_that_was_forgotten_before_its_token_came_is_made_again() -> None:
+    """As many steps of others as a pipeline has in flight, and more."""
+    grammar = compiled(regex("ab|cd"))
+    afar = Afar()
+    sequence = guided(grammar, encode("a"), key="first")
+    opened = afar.open(StepPlan(generation=1, step=1, sequences=(sequence,)))
+    for number in range(200):
+        other = guided(grammar, key=str(number))
+        afar.open(StepPlan(generation=1, step=2 + number, sequences=(other,)))
+    (b,) = encode("b")
+    mask = np.unpackbits(np.frombuffer(opened.masks[0], dtype=np.uint8), bitorder="little")
+    assert np.nonzero(mask)[0].tolist() == [b]
+    made = afar.close(opened, StepResult((SequenceResult(token_id=b),)))
+    assert made.sequences[0].complete
+
+
+def test_who_has_come_to_an_end_samples_nothing_afar() -> None:
+    done, lost = guided(regex("ab"), encode("ab")), guided(regex("ab"), encode("x"), key="lost")
+    afar = Afar()
+    opened = afar.open(StepPlan(generation=1, step=1, sequences=(done, lost)))
+    assert set(opened.ended) == {0, 1}
+    assert not opened.masks
+    first, second = afar.close(opened, StepResult((SequenceResult(), SequenceResult()))).sequences
+    assert (first.complete, first.error) == (True, "")
+    assert not second.complete
+    assert "cannot be followed" in second.error
 
 
 def test_rows_without_a_grammar_have_no_mask() -> None:
