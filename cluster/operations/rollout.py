@@ -128,8 +128,7 @@ class _Steps:
         before = tallies(world.overview()[1])
         end_s = world.now_s() + self._rollout.watch_s
         self._tell(f"watching version {self._new_version} for {self._rollout.watch_s:g} s")
-        while world.now_s() < end_s:
-            world.wait(_LOOK_S)
+        while True:
             engines, doors = world.overview()
             now = tallies(doors)
             # The old version is judged by all of the rollout: it may have no requests any more.
@@ -138,4 +137,7 @@ class _Steps:
             sick = [report.engine for report in engines if report.engine in self._new and report.error]
             if reason or sick:
                 raise OperationFailed(reason or f"{', '.join(sick)} did not stay well")
+            if world.now_s() >= end_s:
+                break
+            world.wait(_LOOK_S)
         self._tell(f"{new.num_begun} sequences on version {self._new_version}, {new.num_failed} failed")

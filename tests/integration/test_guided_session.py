@@ -151,7 +151,7 @@ async def test_all_kinds_of_loops_say_the_same(group: Group, kind: dict[str, Any
 
 
 async def test_preempted_ones_go_on_as_if_nothing_had_been(group: Group, kind: dict[str, Any]) -> None:
-    submits = [submit(number, SENTENCE) for number in range(1, 7)]
+    submits = [submit(number, SENTENCE) for number in range(1, 13)]
     tight = Group(num_blocks=20, **kind)
     try:
         crowded = await outputs(tight, *submits)

@@ -1,39 +1,138 @@
-"""Plans through `shoal serve` and its gRPC door: the same greedy tokens as transformers."""
+"""Every plan through `shoal serve` and its gRPC door: transformers' greedy tokens, and the samples of one rank.
+
+One server for all of them: each plan is rolled out over the one before it.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
+from protos.shoal.v1 import admin_pb2, admin_pb2_grpc
+from protos.shoal.v1 import inference_pb2 as pb
 from tests.checkpoints import tiny_deepseek
-from tests.integration.served import serving
+from tests.integration.served import Served, serving
 
 pytestmark = pytest.mark.timeout(240)
 
-TEXTS = ("A shoal is", "The quick brown fox jumps over", "house by the sea")
+# The last one takes three chunks of prefill, beside the others.
+LONG = "the time of day in the house by the sea " * 6
+TEXTS = ("A shoal is", "The quick brown fox jumps over", "house by the sea", LONG)
 NUM_TOKENS = 12
+CHUNK = 24
+GUIDED = pb.GuidedDecoding(regex="[a-z]{3,8}( [a-z]{3,8}){2}")
+CONFIG = f"inference: {{dtype: float32, max_batch_tokens: {CHUNK}, max_model_len: 256}}\n"
+CACHE = "resources: {cache_size: 8MiB, cpu_threads: 1}\n"
+PLANS = {
+    "tp 2": {"tensor": 2},
+    "tp 4": {"tensor": 4},
+    "dp 2, experts over 2": {"data": 2},
+    "dp 4, experts over 4": {"data": 4},
+    "pp 2": {"pipeline": 2},
+    "pp 2 x dp 2": {"pipeline": 2, "data": 2},
+    "dp 2 x tp 2, redundant experts": {"data": 2, "tensor": 2, "redundant_experts": 4},
+}
 
 
-def _expected(model: Path) -> list[list[int]]:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_deepseek(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def served(model: Path) -> Iterator[Served]:
+    """Begins with one rank; there is room for two engines of four."""
+    config = f"{CONFIG}cluster: {{max_engines: 8}}\n"
+    with serving(model, config=config, cache=CACHE) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def greedy(model: Path) -> list[list[int]]:
+    """What transformers says, reading everything anew for every token."""
     from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     found = []
     for text in TEXTS:
         ids = tokenizer.encode(text).ids
-        with torch.no_grad():
+        with torch.inference_mode():
             for _ in range(NUM_TOKENS):
                 ids.append(int(theirs(torch.tensor([ids])).logits[0, -1].argmax()))
         found.append(ids[-NUM_TOKENS:])
+    assert len(ids) > 2 * CHUNK + NUM_TOKENS
     return found
 
 
-def test_two_groups_of_two_stages(tmp_path: Path) -> None:
-    model = tiny_deepseek(tmp_path / "tiny")
-    with serving(model, config="parallel: {data: 2, pipeline: 2}\ninference: {dtype: float32}\n") as served:
-        assert served.status().engines[0].plan == "data 2 x pipeline 2 x tensor 1"
-        assert [served.tokens(text, max_tokens=NUM_TOKENS) for text in TEXTS] == _expected(model)
+@pytest.fixture(scope="module")
+def sampled(served: Served, greedy: list[list[int]]) -> list[list[int]]:
+    """What one rank draws; asked for before any plan is rolled out."""
+    assert served.status().engines[0].plan == "data 1 x pipeline 1 x tensor 1"
+    check_greedy(served, greedy)
+    return samples(served)
+
+
+def check_greedy(served: Served, expected: list[list[int]]) -> None:
+    """All at once, and twice: the second time most of each prompt is in a prefix cache."""
+    with ThreadPoolExecutor(len(TEXTS)) as pool:
+        for _ in range(2):
+            found = pool.map(lambda text: served.tokens(text, max_tokens=NUM_TOKENS), TEXTS)
+            assert list(found) == expected
+
+
+def samples(served: Served) -> list[list[int]]:
+    """Three choices of each text, and of a guided one."""
+
+    def ask(text: str, guided: pb.GuidedDecoding | None = None) -> list[list[int]]:
+        params = pb.SamplingParams(
+            temperature=1.0, top_p=0.9, seed=11, n=3, max_tokens=NUM_TOKENS, ignore_eos=True, guided=guided
+        )
+        answer = served.inference.GenerateOnce(pb.GenerateRequest(text=text, sampling=params), timeout=120)
+        return [list(choice.token_ids) for choice in answer.choices]
+
+    with ThreadPoolExecutor(len(TEXTS) + 1) as pool:
+        asked = [pool.submit(ask, text) for text in TEXTS]
+        asked.append(pool.submit(ask, TEXTS[0], GUIDED))
+        found = [choice for one in asked for choice in one.result()]
+    assert len(found) == 3 * (len(TEXTS) + 1)
+    assert len(set(map(tuple, found))) > len(TEXTS), "choices have noise of their own"
+    return found
+
+
+def roll_out(served: Served, model: Path, name: str, plan: dict[str, int]) -> None:
+    order = admin_pb2.RolloutRequest(
+        config=f"model: {{path: {model}}}\nparallel: {json.dumps(plan)}\n{CONFIG}{CACHE}",
+        strategy="blue-green",
+        version=name,
+        watch_s=0.0,
+    )
+    events = list(admin_pb2_grpc.AdminStub(served.channel).Rollout(order, timeout=120))
+    served.note_processes()
+    assert events[-1].state == admin_pb2.OperationEvent.STATE_DONE, [event.line for event in events]
+
+
+@pytest.mark.parametrize(("name", "plan"), PLANS.items(), ids=PLANS)
+def test_a_plan_says_what_transformers_says(
+    served: Served,
+    model: Path,
+    greedy: list[list[int]],
+    sampled: list[list[int]],
+    name: str,
+    plan: dict[str, int],
+) -> None:
+    roll_out(served, model, name, plan)
+    (engine,) = served.status().engines
+    whole = {axis: plan.get(axis, 1) for axis in ("data", "pipeline", "tensor")}
+    text = " x ".join(f"{axis} {size}" for axis, size in whole.items())
+    if redundant := plan.get("redundant_experts"):
+        text += f" + {redundant} redundant experts"
+    assert (engine.version, engine.plan) == (name, text)
+    check_greedy(served, greedy)
+    assert samples(served) == sampled

@@ -117,11 +117,12 @@ def test_what_has_no_room_leaves_all_as_it_was() -> None:
     assert sorted(world.engines) == ["engine-0", "engine-1"]
 
 
+@pytest.mark.parametrize("watch_s", [10.0, 0.0])
 @pytest.mark.parametrize("strategy", ["rolling", "blue-green", "canary"])
-def test_another_version_takes_over(strategy: str) -> None:
+def test_another_version_takes_over(strategy: str, watch_s: float) -> None:
     fleet, world = _fleet()
     lines: list[str] = []
-    roll_out(fleet, Rollout(strategy=strategy, spec=spec(version="2")), lines.append)
+    roll_out(fleet, Rollout(strategy=strategy, spec=spec(version="2"), watch_s=watch_s), lines.append)
     assert {engine.version for engine in world.engines.values()} == {"2"}
     assert len(world.engines) == 2
     assert fleet.spec.version == "2"
