@@ -65,16 +65,28 @@ def compare(
 ) -> tuple[Outcome, ...]:
     """Neighbours together, balanced by the first `train_share` of the recording, and balanced by what is judged:
     the last knows the future and is the bound. Raises ValueError for what cannot be placed or split."""
+    num_experts = recording.parts[0].shape[1]
+    if num_ranks > num_experts:
+        raise ValueError(
+            f"{num_experts} experts cannot be spread over {num_ranks} ranks; {num_experts} or less would do"
+        )
+    if redundant and (num_experts + redundant) % num_ranks:
+        fitting = (num_experts + redundant) // num_ranks * num_ranks + num_ranks - num_experts
+        raise ValueError(
+            f"{num_experts} experts and {redundant} redundant ones do not divide by {num_ranks} ranks; {fitting} "
+            "redundant ones would"
+        )
     split = round(len(recording.parts) * train_share)
     if not 0 < split < len(recording.parts):
-        raise ValueError(f"a recording of {len(recording.parts)} parts cannot be split at {train_share:.0%}")
+        raise ValueError(
+            f"a recording of {len(recording.parts)} parts cannot be split at {train_share:.0%}; record more tokens"
+        )
     known, judged = recording.parts[:split], recording.parts[split:]
 
     def even_out(parts: Sequence[NDArray[np.int64]]) -> list[ExpertPlacement]:
         loads: list[list[float]] = np.sum(parts, axis=0).tolist()
         return [balanced(layer, num_ranks, redundant=redundant, num_hosts=num_hosts) for layer in loads]
 
-    num_experts = known[0].shape[1]
     ways: dict[str, Callable[[], list[ExpertPlacement]]] = {
         "contiguous": lambda: [contiguous(num_experts, num_ranks)] * len(recording.layers),
         "balanced": lambda: even_out(known),

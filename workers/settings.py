@@ -25,13 +25,14 @@ class EngineSettings:
 
     `cache_bytes` is the KV cache's size per rank, or None to measure: then `memory_fraction` of the memory that is
     free after loading is taken. `memory_limit_bytes` bounds weights and cache of one rank together. With `overlap`, the
-    next step is planned while one runs.
+    next step is planned while one runs. `plan_reasons` say why the plan was chosen, where it was not given.
     """
 
     engine: str
     model_name: str
     model_path: str
     plan: ParallelPlan
+    plan_reasons: tuple[str, ...] = ()
     dtype: str  # "bfloat16", "float16" or "float32"
     device: str  # "cpu" or "cuda"
     quantization: str = "none"

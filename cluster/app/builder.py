@@ -13,14 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from cluster.app.names import engine_names
+from cluster.app.nodes import cluster_machine
 from cluster.app.prepare import prepare
 from cluster.app.spec import ClusterSpec
 from cluster.config import Config, ConfigError, load
 from cluster.config.environment import ray_token
-from cluster.config.machine import this_machine
 from cluster.config.resolve import check_exposure
 from cluster.models.progress import Silent
 from cluster.security import derived_secret
@@ -72,10 +70,7 @@ def _spec(config: Config) -> ClusterSpec:
     token = ray_token()
     if token is None:
         raise ConfigError("Ray has no token here, from which the applications' common secret is made: RAY_AUTH_MODE")
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    cores = min((int(resources["CPU"]) for resources in nodes), default=1)
-    gpus = sum(int(resources.get("GPU", 0)) for resources in nodes)
     untried = replace(config, cluster=replace(config.cluster, port=0, http_port=0))
-    spec = prepare(untried, replace(this_machine(), cores=cores, gpus=gpus), Silent())
+    spec = prepare(untried, cluster_machine(), Silent())
     cluster = config.cluster
     return replace(spec, secret=derived_secret(token), grpc_port=cluster.port, http_port=cluster.http_port)

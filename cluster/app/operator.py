@@ -10,10 +10,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from cluster.app.nodes import cluster_machine
 from cluster.app.prepare import prepare_rollout
 from cluster.app.ray_world import RayWorld
 from cluster.app.spec import ClusterSpec
 from cluster.config.load import ConfigError
+from cluster.config.machine import Machine, this_machine
 from cluster.models.errors import ModelError
 from cluster.operations.autoscale import loads_of
 from cluster.operations.drain import drain
@@ -77,7 +79,7 @@ class Operator:
                 scale(self.fleet, admin_pb2.ScaleRequest.FromString(order.request).engines, tell)
             else:
                 request = admin_pb2.RolloutRequest.FromString(order.request)
-                roll_out(self.fleet, prepare_rollout(request, self.fleet.spec), tell)
+                roll_out(self.fleet, prepare_rollout(request, self.fleet.spec, self._machine()), tell)
         except (OperationFailed, ConfigError, ModelError) as error:
             self._tell(order, News("failed", str(error)))
         except Exception:
@@ -85,6 +87,10 @@ class Operator:
             self._tell(order, News("failed", "an unexpected error; the log of `shoal serve` has it"))
         else:
             self._tell(order, News("done", f"{order.kind}: done"))
+
+    def _machine(self) -> Machine:
+        """With a Ray of our own, ranks listen on loopback: this machine is all there is."""
+        return cluster_machine() if self.fleet.spec.rank_host is None else this_machine()
 
     def _tell(self, order: Order, news: News) -> None:
         self._say(f"{order.kind} {order.number}: {news.line}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -12,7 +13,7 @@ from cluster.app.spec import ClusterSpec
 from cluster.config import Config, ConfigError
 from cluster.config.environment import cache_folder
 from cluster.config.load import parse
-from cluster.config.machine import Machine, this_machine
+from cluster.config.machine import Machine
 from cluster.config.network import NetworkSettings
 from cluster.config.resolve import autoscale_settings, engine_settings
 from cluster.config.scheduling import front_door_limits, resolve_routing
@@ -20,7 +21,7 @@ from cluster.front_door.call import SamplingOptions
 from cluster.front_door.model_card import ModelCard
 from cluster.models import catalog
 from cluster.models.errors import ModelError
-from cluster.models.folder import inspect
+from cluster.models.folder import ModelFacts, inspect
 from cluster.models.progress import Progress
 from cluster.operations.judge import Limits
 from cluster.operations.rollout import Rollout
@@ -28,6 +29,7 @@ from cluster.security import administrators, api_keys, new_secret, quotas, tls_f
 from cluster.telemetry import endpoint_of
 from protos.shoal.v1 import admin_pb2
 from workers.model.other_config import NOTICE
+from workers.settings import EngineSettings
 
 __all__ = ["prepare", "prepare_rollout"]
 
@@ -35,41 +37,28 @@ __all__ = ["prepare", "prepare_rollout"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The model that a configuration names."""
+
+    folder: Path
+    name: str
+    facts: ModelFacts
+
+
 def prepare(config: Config, machine: Machine, progress: Progress) -> ClusterSpec:
     """Raises ConfigError, ModelError or PortError."""
-    cluster = config.cluster
+    cluster, network = config.cluster, config.cluster.network
     keys = dict(api_keys(config.security))
-    operators = administrators(config.security, keys)
-    if config.chaos.enabled and not operators:
-        raise ConfigError(
-            "chaos.enabled: name who may do it in security.administrators, with a key in security.api_key"
-        )
+    operators = _operators(config, keys)
     certificates = tls_files(config.security)
     grpc_port = free_port(cluster.host, cluster.port, key="cluster.port", option="--port")
     http_port = free_port(cluster.host, cluster.http_port, key="cluster.http_port", option="--http-port")
-    models_dir = Path(config.model.models_dir).expanduser() if config.model.models_dir else cache_folder()
-    folder = catalog.resolve(config.model.path, models_dir, progress)
-    model = inspect(folder)
-    name = config.model.name or catalog.model_name(config.model.path, folder)
-    settings = engine_settings(config, model, machine, name=name, folder=folder)
-    try:
-        card = ModelCard.from_folder(
-            folder,
-            name=name,
-            max_model_len=settings.max_model_len,
-            dtype=settings.dtype,
-            defaults=SamplingOptions(temperature=config.inference.temperature, top_p=config.inference.top_p),
-        )
-    except ValueError as error:
-        raise ModelError(f"{folder}: {error}") from None
-    ranks = settings.plan.num_ranks * cluster.engines
-    warnings = () if model.config.native else (f"a {model.config.model_type} model {NOTICE}",)
-    # Of a cluster's nodes Ray gives no core away twice.
-    alone = cluster.address is None
-    shared = alone and settings.device == "cpu" and ranks * settings.num_threads > machine.cores
+    model = _find(config, progress)
+    settings = engine_settings(config, model.facts, machine, name=model.name, folder=model.folder)
     return ClusterSpec(
         settings=settings,
-        card=replace(card, architecture=card.architecture or model.config.model_type),
+        card=_card(config, model, settings),
         secret=new_secret(),
         api_keys=keys,
         administrators=operators,
@@ -84,21 +73,60 @@ def prepare(config: Config, machine: Machine, progress: Progress) -> ClusterSpec
         grpc_port=grpc_port,
         http_port=http_port,
         limits=front_door_limits(config),
-        routing=resolve_routing(config, settings.plan, spreads_experts=model.config.moe is not None),
+        routing=resolve_routing(config, settings.plan, spreads_experts=model.facts.config.moe is not None),
         engines=cluster.engines,
         front_doors=cluster.front_doors,
         drain_timeout_s=cluster.drain_timeout_s,
         start_timeout_s=cluster.start_timeout_s,
         network=NetworkSettings(
-            interface=cluster.network.interface,
-            nccl={name: str(value) for name, value in cluster.network.nccl.items()},
+            interface=network.interface, nccl={name: str(value) for name, value in network.nccl.items()}
         ),
         log_level=config.telemetry.log_level,
         otlp_endpoint=endpoint_of(config.telemetry),
-        warnings=(*warnings, f"{ranks} ranks of {settings.num_threads} threads share {machine.cores} cores")
-        if shared
-        else warnings,
+        warnings=tuple(_warnings(config, model.facts, settings, machine)),
     )
+
+
+def _operators(config: Config, keys: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Who may operate the cluster."""
+    found = administrators(config.security, keys)
+    if config.chaos.enabled and not found:
+        raise ConfigError(
+            "chaos.enabled: name who may do it in security.administrators, with a key in security.api_key"
+        )
+    return found
+
+
+def _find(config: Config, progress: Progress | None = None) -> _Found:
+    """Pulls the model, where that is needed."""
+    models_dir = Path(config.model.models_dir).expanduser() if config.model.models_dir else cache_folder()
+    folder = catalog.resolve(config.model.path, models_dir, progress)
+    facts = inspect(folder)
+    return _Found(folder, config.model.name or catalog.model_name(config.model.path, folder), facts)
+
+
+def _card(config: Config, model: _Found, settings: EngineSettings) -> ModelCard:
+    try:
+        card = ModelCard.from_folder(
+            model.folder,
+            name=model.name,
+            max_model_len=settings.max_model_len,
+            dtype=settings.dtype,
+            defaults=SamplingOptions(temperature=config.inference.temperature, top_p=config.inference.top_p),
+        )
+    except ValueError as error:
+        raise ModelError(f"{model.folder}: {error}") from None
+    return replace(card, architecture=card.architecture or model.facts.config.model_type)
+
+
+def _warnings(config: Config, model: ModelFacts, settings: EngineSettings, machine: Machine) -> Iterator[str]:
+    if not model.config.native:
+        yield f"a {model.config.model_type} model {NOTICE}"
+    ranks = settings.plan.num_ranks * config.cluster.engines
+    # Of a cluster's nodes Ray gives no core away twice.
+    alone = config.cluster.address is None
+    if alone and settings.device == "cpu" and ranks * settings.num_threads > machine.cores:
+        yield f"{ranks} ranks of {settings.num_threads} threads share {machine.cores} cores"
 
 
 def _max_engines(config: Config) -> int:
@@ -109,7 +137,7 @@ def _max_engines(config: Config) -> int:
     return max(2 * cluster.engines, cluster.autoscale.most if cluster.autoscale else 0)
 
 
-def prepare_rollout(request: admin_pb2.RolloutRequest, spec: ClusterSpec) -> Rollout:
+def prepare_rollout(request: admin_pb2.RolloutRequest, spec: ClusterSpec, machine: Machine) -> Rollout:
     """The new engines: `model`, `parallel`, `inference` and `resources` of the file; all else stays as it is.
 
     Raises ConfigError or ModelError.
@@ -121,11 +149,10 @@ def prepare_rollout(request: admin_pb2.RolloutRequest, spec: ClusterSpec) -> Rol
     if not request.version:
         raise ConfigError("version: the new engines need a name")
     config = parse(document, where="config")
-    models_dir = Path(config.model.models_dir).expanduser() if config.model.models_dir else cache_folder()
-    folder = catalog.resolve(config.model.path, models_dir)
+    model = _find(config)
     config = replace(config, cluster=replace(config.cluster, engines=spec.engines))
-    settings = engine_settings(config, inspect(folder), this_machine(), name=spec.settings.model_name, folder=folder)
-    _check_same_text(Path(spec.settings.model_path), folder)
+    settings = engine_settings(config, model.facts, machine, name=spec.settings.model_name, folder=model.folder)
+    _check_same_text(Path(spec.settings.model_path), model.folder)
     if settings.max_model_len < spec.card.max_model_len:
         raise ConfigError(
             f"inference.max_model_len: {settings.max_model_len} is below the {spec.card.max_model_len} that clients "

@@ -39,8 +39,6 @@ class RaySession:
     """
 
     folder: Path | None
-    gpus: int
-    cores: int
     guard: subprocess.Popen[str] | None = None
 
     def end(self, *, keep_logs: bool = False) -> None:
@@ -105,7 +103,7 @@ def start_ray(num_cpus: int, cores: int) -> RaySession:
         _node_ip_address=_LOOPBACK,
         _temp_dir=str(folder / _RAY),
     )
-    return RaySession(folder, int(ray.cluster_resources().get("GPU", 0)), cores, _start_guard(folder))
+    return RaySession(folder, _start_guard(folder))
 
 
 def _start_guard(folder: Path) -> subprocess.Popen[str]:
@@ -136,8 +134,7 @@ def join_ray(address: str) -> RaySession:
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConnectionError(f"no Ray cluster that knows our token answers at {address}: {reason}") from None
-    cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return RaySession(None, int(ray.cluster_resources().get("GPU", 0)), min([count for count in cores if count] or [1]))
+    return RaySession(None)
 
 
 def _knock(address: str) -> None:

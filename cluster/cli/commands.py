@@ -142,6 +142,39 @@ def doctor(
     run(config, given, as_script=as_json, with_links=links, timeout_s=timeout)
 
 
+@app.command()
+def plan(
+    model_path: Annotated[
+        str | None, typer.Option(help="A folder (config.json is enough), or a name.", show_default=False)
+    ] = None,
+    config: ConfigOption = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Think of so many nodes.", show_default=False)] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="With so many GPUs each.")] = 0,
+    gpu_memory: Annotated[str | None, typer.Option(help="Of each, such as 80GB.", show_default=False)] = None,
+    cores: Annotated[int | None, typer.Option(min=1, help="Of each node. [as here]", show_default=False)] = None,
+    memory: Annotated[str | None, typer.Option(help="Of each node. [as here]", show_default=False)] = None,
+    quantization: Annotated[str | None, typer.Option(help="none, fp8 or int8.", show_default=False)] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Say which plan `parallel: auto` would choose, and why: here, at --address, or on a cluster to be rented."""
+    from cluster.cli.plan import imagined, show
+
+    options: dict[tuple[str, ...], object] = {
+        ("model", "path"): model_path,
+        ("inference", "quantization"): quantization,
+        ("inference", "max_model_len"): max_model_len,
+        ("cluster", "address"): address,
+    }
+    try:
+        thought_of = nodes or gpus_per_node or cores or memory
+        machine = imagined(nodes or 1, gpus_per_node, gpu_memory, cores, memory) if thought_of else None
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    show(config, {key: value for key, value in options.items() if value is not None}, machine, as_json=as_json)
+
+
 @app.command("convert")
 def convert_checkpoint(
     source: Annotated[Path | None, typer.Argument(help="A model folder.", show_default=False)] = None,

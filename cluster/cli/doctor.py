@@ -78,7 +78,7 @@ def _wanted(config: Config, model_path: str) -> Wanted:
         ports=tuple(port for port in (config.cluster.port, config.cluster.http_port) if port),
         host=config.cluster.host,
         interface=config.cluster.network.interface,
-        tensor=tensor,
+        tensor=1 if tensor == "auto" else tensor,
         device="cuda" if config.inference.device_map == "cuda" else "cpu",
         tls=_tls(config),
     )

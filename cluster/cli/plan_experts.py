@@ -29,7 +29,8 @@ def show(folder: Path, *, ranks: int, redundant: int, hosts: int, train: float) 
 
 
 def _table(outcomes: tuple[Outcome, ...]) -> Table:
-    table = Table("placement", "imbalance (1 is even)", "load per rank, % of the mean", box=None)
+    table = Table("placement", "imbalance (1 is even)", "ranks' loads, % of the mean", box=None)
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
     for outcome in outcomes:
         mean = sum(outcome.carried) / len(outcome.carried) or 1.0
         loads = " ".join(f"{carried / mean:.0%}" for carried in outcome.carried)

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -46,8 +45,10 @@ def serve(config_path: Path | None, options: Mapping[tuple[str, ...], object]) -
     machine = this_machine()
     try:
         if address is not None:
+            from cluster.app.nodes import cluster_machine  # brings Ray
+
             session = join_ray(address)
-            machine = replace(machine, cores=session.cores, gpus=session.gpus)
+            machine = cluster_machine()
         with PullProgress(config.model.path) as progress:
             spec = prepare(config, machine, progress)
     except ConfigError as error:
@@ -63,6 +64,10 @@ def _serve(spec: ClusterSpec, session: RaySession | None, config: Config, cores:
     for warning in spec.warnings:
         announcer.line(f"note: {warning}")
     announcer.line(f"starting {spec.card.name} ({spec.card.architecture}, {settings.dtype}) from {settings.model_path}")
+    if settings.plan_reasons:
+        announcer.line(f"plan: {settings.plan}")
+        for reason in settings.plan_reasons:
+            announcer.line(f"  {reason}")
     if session is None:
         ranks = settings.plan.num_ranks * max(spec.engines, spec.max_engines)
         session = start_ray(ranks * settings.num_threads if settings.device == "cpu" else cores, cores)

@@ -61,6 +61,7 @@ def _engine(engine: admin_pb2.EngineStatus) -> Iterator[str | Table]:
         facts += [f"experts: {engine.dispatch}"] * bool(engine.dispatch)
         facts += [f"loaded in {engine.load_s:.1f} s"]
     yield "  " + "; ".join(facts)
+    yield from (f"  [dim]{escape(reason)}[/dim]" for reason in engine.plan_reasons)
     if engine.dp_groups:
         groups = Table("DP group", "address", "running", "waiting", "free blocks", "preemptions", box=None)
         for group in engine.dp_groups:

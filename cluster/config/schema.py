@@ -57,13 +57,13 @@ class ModelSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelSection:
-    """How one engine is cut over ranks."""
+    """How one engine is cut over ranks; the planner chooses what is "auto"."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
-    data: AtLeastOne = 1
-    pipeline: AtLeastOne = 1
-    tensor: AtLeastOne = 1
-    redundant_experts: Annotated[int, Ge(0)] = 0
+    data: Auto | AtLeastOne = 1
+    pipeline: Auto | AtLeastOne = 1
+    tensor: Auto | AtLeastOne = 1
+    redundant_experts: Auto | AtLeastZero = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,10 +155,12 @@ class SchedulingSection:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResourcesSection:
     """What the engines may take of a machine. `memory_limit` is a share ("80%") or a size ("8GiB"), of all ranks
-    of the machine together; `cache_size` is a size per rank, measured where it is "auto"."""
+    of the machine together; `cache_size` is a size per rank, measured where it is "auto". `gpu_memory` is what each GPU
+    has, for planning where it cannot be found out."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
     gpus: Auto | Annotated[int, Ge(0)] = "auto"
+    gpu_memory: str = "auto"
     cpu_threads: Auto | AtLeastOne = "auto"
     memory_limit: str = "80%"
     cache_size: str = "auto"
@@ -229,10 +231,11 @@ class TelemetrySection:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkSection:
     """Where ranks speak to each other. `interface` must be on every node; `nccl` holds NCCL's own variables, such as
-    NCCL_IB_HCA, for every rank."""
+    NCCL_IB_HCA, for every rank. Over slow `links` between nodes the planner spreads no experts."""
 
     __pydantic_config__: ClassVar[dict[str, object]] = _FORBID_EXTRA
     interface: str | None = None
+    links: Auto | Literal["fast", "slow"] = "auto"
     nccl: dict[Annotated[str, StringConstraints(pattern="^NCCL_[A-Z0-9_]+$")], str | int] = field(default_factory=dict)
 
 

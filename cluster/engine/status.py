@@ -38,6 +38,7 @@ def engine_status(
         state=state,
         generation=generation,
         plan=str(settings.plan),
+        plan_reasons=settings.plan_reasons,
         dtype=settings.dtype,
         quantization=settings.quantization,
     )

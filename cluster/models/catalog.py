@@ -9,7 +9,7 @@ from cluster.models import embedded, hub, manifest, registry
 from cluster.models.errors import ModelError
 from cluster.models.progress import Progress, Silent
 
-__all__ = ["model_name", "pull", "pulled_folder", "resolve"]
+__all__ = ["described", "model_name", "pull", "pulled_folder", "resolve"]
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -22,6 +22,19 @@ def resolve(name_or_path: str, models_dir: Path, progress: Progress | None = Non
     if path.exists():
         raise ModelError(f"{path} is a file; --model-path wants the folder that holds config.json and the weights")
     return pulled_folder(name_or_path, models_dir) or pull(name_or_path, models_dir, progress)
+
+
+def described(name_or_path: str, models_dir: Path) -> Path:
+    """A folder with the model's config.json at least: of a Hugging Face name no more is fetched. Raises ModelError."""
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return resolve(name_or_path, models_dir)
+    if folder := pulled_folder(name_or_path, models_dir):
+        return folder
+    known = registry.find(name_or_path)
+    if known is not None and known.repo_id is None:
+        raise ModelError(f"{known.name} is not on this machine; `shoal models pull {known.name}` fetches it")
+    return hub.pull(_repo_id(name_or_path), models_dir, only=("config.json",))
 
 
 def pulled_folder(name: str, models_dir: Path) -> Path | None:

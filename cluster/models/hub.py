@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.models.errors import ModelError
@@ -26,8 +27,8 @@ def cached(repo_id: str, models_dir: Path) -> Path | None:
     return Path(folder)
 
 
-def pull(repo_id: str, models_dir: Path) -> Path:
-    """Raises ModelError in one line: no hub, no such model, or no permission."""
+def pull(repo_id: str, models_dir: Path, *, only: Sequence[str] = _ALLOWED) -> Path:
+    """Files that match one of `only`. Raises ModelError in one line: no hub, no such model, or no permission."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -39,7 +40,7 @@ def pull(repo_id: str, models_dir: Path) -> Path:
     )
 
     try:
-        return Path(snapshot_download(repo_id, cache_dir=models_dir / "hub", allow_patterns=list(_ALLOWED)))
+        return Path(snapshot_download(repo_id, cache_dir=models_dir / "hub", allow_patterns=list(only)))
     except GatedRepoError:
         raise ModelError(f"{repo_id} is gated: accept its terms on the hub, then set HF_TOKEN") from None
     except RepositoryNotFoundError:

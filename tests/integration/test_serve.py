@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(model: Path) -> Iterator[Served]:
-    with serving(model) as server:
+    with serving(model, config="parallel: auto\n") as server:
         yield server
 
 
@@ -62,6 +62,8 @@ def test_what_is_served_is_told(served: Served) -> None:
     (engine,) = status.engines
     assert (engine.name, engine.state, engine.generation) == ("engine-0", "ready", 1)
     assert engine.plan == "data 1 x pipeline 1 x tensor 1"
+    assert engine.plan_reasons[0] == "tensor 1: the model fits one rank, so that no rank waits for another in a layer"
+    assert f"  {engine.plan_reasons[0]}\n" in served.output, "the log of the start says it, too"
     assert [group.address.split(":")[0] for group in engine.dp_groups] == ["127.0.0.1"], "not open to strangers"
     assert engine.dp_groups[0].num_blocks > 0
     assert len(engine.ranks) == 1
@@ -73,6 +75,7 @@ def test_status_as_a_command(served: Served) -> None:
     address = f"127.0.0.1:{served.port}"
     shown = run_shoal("status", "--address", address)
     assert "engine-0: ready" in shown.stdout
+    assert "tensor 1: the model fits one rank" in " ".join(shown.stdout.split())
     as_json = run_shoal("status", "--address", address, "--json")
     assert json.loads(as_json.stdout)["engines"][0]["state"] == "ready"
 
@@ -80,6 +83,7 @@ def test_status_as_a_command(served: Served) -> None:
 def test_the_start_was_told_in_few_lines(served: Served) -> None:
     lines = [line for line in served.output.splitlines() if line.strip()]
     assert lines[0].startswith("starting tiny (")
+    assert lines[1] == "plan: data 1 x pipeline 1 x tensor 1"
     assert lines[-1] == f"  HTTP  http://127.0.0.1:{served.http_port}/v1"
     assert len(lines) < 12
     assert "Traceback" not in served.output

@@ -29,7 +29,7 @@ TEXT = "A shoal is many small fish"
 NUM_TOKENS = 24
 
 
-def config(*, data: int = 2, start_timeout_s: int = 60) -> str:
+def config(*, data: int | str = "auto", start_timeout_s: int = 60) -> str:
     doors = f"host: 0.0.0.0, port: {PORT}, http_port: {HTTP_PORT}"
     return f"""
 parallel: {{data: {data}}}
@@ -96,6 +96,9 @@ def test_an_engine_over_two_hosts_answers_a_third(hosts: Hosts, model: Path) -> 
             metadata = (("authorization", f"Bearer {KEY}"),)
             status = admin_pb2_grpc.AdminStub(channel).Status(admin_pb2.StatusRequest(), metadata=metadata, timeout=20)
         (engine,) = status.engines
+        assert engine.plan == "data 2 x pipeline 1 x tensor 1", "a rank of one thread on each host's one core"
+        assert any("data 2: every group" in reason for reason in engine.plan_reasons)
+        assert not any("Ray's estimate" in reason for reason in engine.plan_reasons), "both hosts said what they have"
         addresses = [group.address for group in engine.dp_groups]
         assert {address.rpartition(":")[0] for address in addresses} == {first.address, second.address}
         assert len({rank.node for rank in engine.ranks}) == 2

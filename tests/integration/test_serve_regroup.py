@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.checkpoints import tiny_deepseek
-from tests.integration.served import Served, eventually, serving
+from tests.integration.served import Served, eventually, run_shoal, serving
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -22,14 +25,20 @@ STEP_TIMEOUT_S = 3.0
 PATIENCE_S = 20.0
 CONFIG = f"""
 parallel: {{data: 4}}
-inference: {{deterministic: true, step_timeout_s: {STEP_TIMEOUT_S}, dtype: float32}}
+inference: {{deterministic: true, step_timeout_s: {STEP_TIMEOUT_S}, dtype: float32, record_routing: FOLDER}}
 """
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where every choice of experts goes while the server runs."""
+    return tmp_path_factory.mktemp("routing")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, recording: Path) -> Iterator[Served]:
     model = tiny_deepseek(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=2048)
-    with serving(model, config=CONFIG) as server:
+    with serving(model, config=CONFIG.replace("FOLDER", str(recording))) as server:
         yield server
 
 
@@ -93,3 +102,23 @@ def test_streams_go_on_without_a_rank_and_it_comes_back(served: Served, how: sig
     assert after.num_regroups >= 2
     assert after.last_regroup_s > 0
     assert Load(served).end() == expected
+
+
+def test_what_was_routed_is_on_file_and_placements_can_be_tried_on_it(served: Served, recording: Path) -> None:
+    def num_tokens() -> int:
+        found = 0
+        for path in recording.glob("*.npz"):
+            with np.load(path) as file:
+                found += file["experts"].shape[1]
+        return found
+
+    before = num_tokens()
+    written = len(served.tokens("A shoal is many small fish", max_tokens=NUM_TOKENS))
+    # The last token runs through no expert; others may still be on their way from before.
+    eventually(lambda: num_tokens() >= before + written - 1, "the routing is written")
+    tried = run_shoal("plan-experts", str(recording), "--ranks", "4", "--redundant", "4")
+    assert tried.returncode == 0, tried.stderr
+    assert int(tried.stdout.split(" expert choices in 2 layers")[0]) >= written
+    rows = dict(re.findall(r"^ *(contiguous|balanced|balanced, knowing the future) +(\d\.\d+)", tried.stdout, re.M))
+    assert len(rows) == 3, tried.stdout
+    assert 1.0 <= float(rows["balanced, knowing the future"]) < float(rows["contiguous"]) + 0.02

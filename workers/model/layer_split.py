@@ -6,11 +6,10 @@ for the output head too. Looking up embeddings costs memory but hardly time, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
-from itertools import accumulate
-from math import inf, prod
+from collections.abc import Iterable
+from math import prod
 
+from scheduler.planner.runs import even_runs
 from workers.model.config import ModelConfig
 from workers.model.parameters import Parameter
 from workers.model.shard import Shard
@@ -43,27 +42,4 @@ def split_layers(config: ModelConfig, num_stages: int) -> tuple[range, ...]:
     costs = [*layer_costs(config)]
     # The head is as large as its stage has it to read, be it tied or not.
     costs[-1] += config.vocab_size * config.hidden_size
-    return _split(tuple(costs), num_stages)
-
-
-@lru_cache(maxsize=64)
-def _split(costs: Sequence[int], num_runs: int) -> tuple[range, ...]:
-    """Cuts into runs with the least sum of squares, which is least for even ones."""
-    sums = [0, *accumulate(costs)]
-    count = len(costs)
-    best: list[float] = [0.0, *[inf] * count]  # of the first so many, in as many runs as were gone through
-    cuts: list[list[int]] = []
-    for _ in range(num_runs):
-        cut = [0] * (count + 1)
-        following: list[float] = [inf] * (count + 1)
-        for stop in range(1, count + 1):
-            found = min((best[start] + float(sums[stop] - sums[start]) ** 2, start) for start in range(stop))
-            following[stop], cut[stop] = found
-        best = following
-        cuts.append(cut)
-    runs: list[range] = []
-    stop = count
-    for cut in reversed(cuts):
-        runs.append(range(cut[stop], stop))
-        stop = cut[stop]
-    return tuple(reversed(runs))
+    return even_runs(tuple(costs), num_stages)

@@ -306,6 +306,7 @@ class EngineStatus(_message.Message):
     NUM_REGROUPS_FIELD_NUMBER: _builtins.int
     LAST_REGROUP_CAUSE_FIELD_NUMBER: _builtins.int
     LAST_REGROUP_S_FIELD_NUMBER: _builtins.int
+    PLAN_REASONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: _builtins.str
     generation: _builtins.int
@@ -347,6 +348,10 @@ class EngineStatus(_message.Message):
     def joining_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """they load while the others serve"""
 
+    @_builtins.property
+    def plan_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """why the plan was chosen, in sentences; empty where it was given"""
+
     def __init__(
         self,
         *,
@@ -374,10 +379,11 @@ class EngineStatus(_message.Message):
         num_regroups: _builtins.int = ...,
         last_regroup_cause: _builtins.str = ...,
         last_regroup_s: _builtins.float = ...,
+        plan_reasons: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collectives", b"collectives", "dispatch", b"dispatch", "dp_groups", b"dp_groups", "draining", b"draining", "dtype", b"dtype", "expert_epoch", b"expert_epoch", "expert_imbalance", b"expert_imbalance", "generation", b"generation", "joining_ranks", b"joining_ranks", "kernels", b"kernels", "last_regroup_cause", b"last_regroup_cause", "last_regroup_s", b"last_regroup_s", "leader_node", b"leader_node", "leader_pid", b"leader_pid", "load_s", b"load_s", "missing_ranks", b"missing_ranks", "name", b"name", "num_regroups", b"num_regroups", "plan", b"plan", "quantization", b"quantization", "ranks", b"ranks", "state", b"state", "version", b"version", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collectives", b"collectives", "dispatch", b"dispatch", "dp_groups", b"dp_groups", "draining", b"draining", "dtype", b"dtype", "expert_epoch", b"expert_epoch", "expert_imbalance", b"expert_imbalance", "generation", b"generation", "joining_ranks", b"joining_ranks", "kernels", b"kernels", "last_regroup_cause", b"last_regroup_cause", "last_regroup_s", b"last_regroup_s", "leader_node", b"leader_node", "leader_pid", b"leader_pid", "load_s", b"load_s", "missing_ranks", b"missing_ranks", "name", b"name", "num_regroups", b"num_regroups", "plan", b"plan", "plan_reasons", b"plan_reasons", "quantization", b"quantization", "ranks", b"ranks", "state", b"state", "version", b"version", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -45,6 +45,11 @@ def test_what_cannot_be_replayed_is_refused(tmp_path: Path) -> None:
     _record(tmp_path, [5], tokens=100)
     with pytest.raises(ValueError, match="cannot be split"):
         compare(read_recording(tmp_path), 4)
+    _record(tmp_path, [5, 5])
+    with pytest.raises(ValueError, match="over 17 ranks; 16 or less would do"):
+        compare(read_recording(tmp_path), 17)
+    with pytest.raises(ValueError, match="do not divide by 6 ranks; 8 redundant ones would"):
+        compare(read_recording(tmp_path), 6, redundant=3)
     experts = np.zeros((1, 5, 2), np.uint16)
     np.savez_compressed(tmp_path / "z.npz", experts=experts, layers=(3,), num_experts=EXPERTS)
     with pytest.raises(ValueError, match="another model"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.config import ConfigError, parse
-from cluster.config.machine import Machine, this_machine
+from cluster.config.machine import Machine, Node, this_machine
 from cluster.config.resolve import check_exposure, engine_settings
 from cluster.models.folder import ModelFacts
 from workers.model.config import parse_config
@@ -17,23 +17,19 @@ from workers.settings import EngineSettings
 
 GIB = 1024**3
 CPU = Machine(cores=8, memory_bytes=16 * GIB, free_bytes=12 * GIB, gpus=0, fast_bfloat16=True)
-GPU = replace(CPU, gpus=4)
-MODEL = ModelFacts(
-    config=parse_config(
-        {
-            "model_type": "llama",
-            "vocab_size": 100,
-            "hidden_size": 96,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 6,
-            "max_position_embeddings": 2048,
-            "dtype": "bfloat16",
-        }
-    ),
-    weight_bytes=GIB,
-)
+GPU = replace(CPU, gpus=4, gpu_memory_bytes=24 * GIB)
+_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 96,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 6,
+    "max_position_embeddings": 2048,
+    "dtype": "bfloat16",
+}
+MODEL = ModelFacts(config=parse_config(_LLAMA), weight_bytes=0)
 
 
 def resolve(document: dict[str, Any], machine: Machine = CPU, model: ModelFacts = MODEL) -> EngineSettings:
@@ -81,10 +77,30 @@ def test_threads_and_memory_are_shared_by_the_ranks_of_a_machine() -> None:
     assert resolve({"parallel": {"tensor": 6}, "cluster": {"engines": 2}}).num_threads == 1
 
 
-def test_auto_takes_the_gpus_that_the_heads_divide_over() -> None:
-    assert resolve({"parallel": "auto"}, GPU).plan.tensor == 3
-    assert resolve({"parallel": "auto", "cluster": {"engines": 2}}, GPU).plan.tensor == 2
-    assert resolve({"parallel": "auto"}, CPU).plan.tensor == 1
+def test_auto_gives_engines_their_part_of_the_gpus() -> None:
+    assert str(resolve({"parallel": "auto"}, GPU).plan) == "data 4 x pipeline 1 x tensor 1"
+    assert resolve({"parallel": "auto", "cluster": {"engines": 2}}, GPU).plan.data == 2
+    assert resolve({"parallel": "auto"}, CPU).plan.num_ranks == 1
+
+
+def test_axes_that_are_given_stay() -> None:
+    partly = resolve({"parallel": {"tensor": 2, "data": "auto"}}, GPU)
+    assert str(partly.plan) == "data 2 x pipeline 1 x tensor 2"
+    assert "tensor 2: as configured" in partly.plan_reasons
+    assert resolve({"parallel": {"tensor": 2}}, GPU).plan_reasons == ()
+
+
+def test_memory_of_gpus_that_nobody_knows_must_be_given() -> None:
+    unknown = replace(GPU, gpu_memory_bytes=None)
+    assert resolve({"parallel": {"tensor": 2}}, unknown).plan.tensor == 2
+    with pytest.raises(ConfigError, match=r"resources\.gpu_memory: 80GB"):
+        resolve({"parallel": "auto"}, unknown)
+    assert resolve({"parallel": "auto", "resources": {"gpu_memory": "80GB"}}, unknown).plan.data == 4
+
+
+def test_folders_for_records_do_not_depend_on_where_ranks_run() -> None:
+    settings = resolve({"scheduling": {"record_steps": "steps"}})
+    assert settings.record_steps == str(Path("steps").absolute())
 
 
 def test_sizes_are_read() -> None:
@@ -102,6 +118,12 @@ def test_sizes_are_read() -> None:
             r"parallel.pipeline 99 exceeds the model's \d+ layers; \d+ or less would work",
         ),
         ({"inference": {"max_model_len": 4096}}, "inference.max_model_len: 4096 is beyond the model's 2048"),
+        ({"parallel": {"data": 2, "redundant_experts": 2}}, "parallel.redundant_experts must be 0"),
+        (
+            {"parallel": {"tensor": 3}, "inference": {"deterministic": True}},
+            r"parallel.tensor 3: inference.deterministic takes 1 or 2",
+        ),
+        ({"inference": {"quantization": "fp8"}}, "inference.quantization: fp8 needs a checkpoint in FP8"),
         ({"inference": {"device_map": "cuda"}}, "inference.device_map: cuda asked for, but no GPU"),
         ({"resources": {"gpus": 1}}, "resources.gpus: 1 asked for, 0 found"),
         ({"resources": {"memory_limit": "101%"}}, "resources.memory_limit: '101%' must be"),
@@ -120,10 +142,22 @@ def test_too_few_gpus_are_refused() -> None:
 
 
 def test_weights_that_cannot_fit_say_how_much_is_needed_and_what_would_fit() -> None:
-    with pytest.raises(ConfigError, match=r"4 copies .* need 4\.0 GiB.* leave 2\.0 GiB.* of 2 would fit"):
-        resolve({"resources": {"memory_limit": "2GiB"}, "cluster": {"engines": 4}})
-    with pytest.raises(ConfigError, match=r"in float32 need 2\.0 GiB.* inference.dtype: bfloat16"):
-        resolve({"resources": {"memory_limit": "1GiB"}, "inference": {"dtype": "float32"}})
+    eight = parse_config({**_LLAMA, "hidden_size": 3072, "intermediate_size": 12288, "num_hidden_layers": 4})
+    model = ModelFacts(config=eight, weight_bytes=0)  # about 1.1 GiB in bfloat16
+    with pytest.raises(
+        ConfigError, match=r"not enough memory: .* a rank needs .* has 512\.0 MiB .* cluster\.engines: 1"
+    ):
+        resolve({"resources": {"memory_limit": "2GiB"}, "cluster": {"engines": 4}}, CPU, model)
+    with pytest.raises(ConfigError, match=r"has 1\.5 GiB .* inference\.dtype: bfloat16"):
+        resolve({"resources": {"memory_limit": "1.5GiB"}, "inference": {"dtype": "float32"}}, CPU, model)
+
+
+def test_ranks_of_several_nodes_have_the_cores_of_theirs() -> None:
+    node = Node(cores=8, memory_bytes=16 * GIB, free_bytes=12 * GIB)
+    settings = resolve({"parallel": "auto"}, replace(CPU, nodes=(node, node)))
+    assert settings.plan.data == 2
+    assert settings.num_threads == 8
+    assert settings.memory_limit_bytes == int(16 * GIB * 0.8)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
