@@ -69,9 +69,15 @@ class Membership:
             groups.close()
             raise
 
-    def watch(self, settings: EngineSettings, on_gone: Callable[[str], None]) -> PeerWatch:
+    def watch(
+        self, settings: EngineSettings, on_gone: Callable[[str], None], on_hang: Callable[[str], None]
+    ) -> PeerWatch:
         """A watch over the other ranks of the group, not yet started."""
-        return PeerWatch(self._gone, self.groups.tensor, step_timeout_s=settings.step_timeout_s, on_gone=on_gone)
+        line = self.sender if self.sender is not None else self.receiver
+        assert line is not None, "nobody to watch"
+        return PeerWatch(
+            line, self.groups.tensor, step_timeout_s=settings.step_timeout_s, on_gone=on_gone, on_hang=on_hang
+        )
 
     def hang_up(self) -> None:
         """Lets the other ranks know that this one runs no more steps. From any thread."""
@@ -94,13 +100,6 @@ class Membership:
         if self.answers is not None:
             self.answers.close()
         self.groups.close()
-
-    def _gone(self, timeout_s: float) -> str | None:
-        if self.sender is not None:
-            ranks = self.sender.hung_up(timeout_s)
-            return f"rank {', '.join(map(str, ranks))} has gone" if ranks else None
-        assert self.receiver is not None
-        return "the first rank has gone" if self.receiver.hung_up(timeout_s) else None
 
 
 class _Meeting:

@@ -181,7 +181,7 @@ class Rank:
             self._leading.start(self._host)
         else:
             self._follow(runner)
-        self._standing.watch(self._peer_gone)
+        self._standing.watch(self._peer_gone, self._peer_hangs)
         # What is alive now lives long: the collector need not walk through it between steps.
         gc.collect()
         gc.freeze()
@@ -401,7 +401,7 @@ class Rank:
                 self._leading.resume(standing.membership)
             else:
                 self._follow(runner)
-            standing.watch(self._peer_gone)
+            standing.watch(self._peer_gone, self._peer_hangs)
             self._state = RankState.RUNNING
         elif self._leading is not None:
             self._leading.renumber()
@@ -437,6 +437,12 @@ class Rank:
         """A follower's own thread sees that its channel has ended."""
         if self._leading is not None:
             self._leading.peer_gone(reason)
+
+    def _peer_hangs(self, reason: str) -> None:
+        if self._leading is not None:
+            self._leading.peer_gone(reason)
+        elif self._follower is not None:
+            self._follower.fail(reason)
 
     def _reason(self) -> str | None:
         """Why no step will ever run again. A follower whose group may be regrouped waits for that."""

@@ -125,11 +125,11 @@ class Standing:
             )
         return self.pulse
 
-    def watch(self, on_gone: Callable[[str], None]) -> None:
+    def watch(self, on_gone: Callable[[str], None], on_hang: Callable[[str], None]) -> None:
         """Watches the other ranks of the group from now on."""
         assert self.membership is not None, "watch before join"
         if self._settings.plan.group_size > 1:
-            self._watch = self.membership.watch(self._settings, on_gone)
+            self._watch = self.membership.watch(self._settings, on_gone, on_hang)
             self._watch.start()
 
     def end_watch(self) -> None:

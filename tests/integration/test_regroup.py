@@ -145,16 +145,32 @@ async def test_one_group_is_left_of_all(start: StartEngine) -> None:
     engine.on_all("stop", numbers=[0])
 
 
-async def test_a_group_of_two_goes_with_its_follower_and_the_other_group_goes_on(start: StartEngine) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_group_of_two_goes_with_its_follower_and_the_other_group_goes_on(
+    start: StartEngine, how: signal.Signals
+) -> None:
     engine = start(data=2, tensor=2)
     addresses = engine.start()
     expected = await Client(addresses).run()
     client = Client(addresses)
     running = asyncio.create_task(client.run())
     await client.began.wait()
-    engine.ranks[3].process.send_signal(signal.SIGKILL)
-    await _wait_for_trouble(engine, [0, 1, 2], 10.0)
-    engine.ranks[2].process.send_signal(signal.SIGKILL)
+    engine.ranks[3].process.send_signal(how)
+    hit_s = time.monotonic()
+    assert all(await _wait_for_trouble(engine, [2], 10.0))
+    assert time.monotonic() - hit_s < STEP_TIMEOUT_S + 1, "a follower's silence counts as a first rank's does"
+    for number in (2, 3):  # as the leader does with what is left of a group
+        engine.ranks[number].process.send_signal(signal.SIGKILL)
+    assert all(await _wait_for_trouble(engine, [0, 1], 10.0))
     await asyncio.to_thread(engine.regroup, [0, 1])
     assert await running == expected
     engine.on_all("stop", numbers=[0, 1])
+
+
+async def test_an_idle_group_of_two_notices_a_frozen_rank(start: StartEngine) -> None:
+    """No step waits for it, and no other group's beat."""
+    engine = start(tensor=2)
+    engine.start()
+    engine.ranks[0].process.send_signal(signal.SIGSTOP)
+    assert all(await _wait_for_trouble(engine, [1], STEP_TIMEOUT_S + 1))
+    assert engine.ranks[1].call("status")["state"] == "broken"

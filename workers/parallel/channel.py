@@ -8,22 +8,26 @@ old generation is refused. What follows is not authenticated message by message.
 The same listener and handshake connect the first ranks of an engine's DP groups (`pulse.py`), and the rank of a
 pipeline that samples with the first one, for the way back (`results.py`).
 
-A follower sends nothing after the handshake. A connection that can be read at the first rank, or that hangs up at
-a follower, therefore means that the other process has gone; `hung_up` waits for exactly that.
+After the handshake a follower sends nothing but single bytes, and the first rank empty messages between plans: each
+says that its process runs. `listen` hears them, and that the other process has gone, beside whoever reads plans.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hmac
 import secrets
 import select
 import socket
 import struct
+import termios
+import threading
 import time
 from collections.abc import Container, Mapping
 
 from protos.shoal.v1 import session_pb2
+from workers.watch import Heard
 
 __all__ = [
     "ChannelRefused",
@@ -43,6 +47,10 @@ _PROOF_SIZE = 32
 _MAX_MESSAGE_BYTES = 64 << 20
 _HANDSHAKE_TIMEOUT_S = 10.0
 _ACCEPTED = b"\x01"
+_FIRST = "the first rank"
+_ALIVE = b"\x00"
+_EMPTY = _LENGTH.pack(0)
+_UNREAD = struct.Struct("=i")  # of FIONREAD
 
 
 class ChannelRefused(RuntimeError):
@@ -83,6 +91,15 @@ def read_message(connection: socket.socket) -> bytes:
 def _shut_down(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):  # it is closed, or its peer has gone already
         connection.shutdown(socket.SHUT_RDWR)
+
+
+def _send_if_room(connection: socket.socket, data: bytes) -> None:
+    """Few bytes, whole or not at all. That the other end has gone shows where it is listened to."""
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLOUT)
+    with contextlib.suppress(OSError):
+        if poll.poll(0):
+            connection.sendall(data)
 
 
 class PlanListener:
@@ -167,21 +184,40 @@ class PlanSender:
     def __init__(self, generation: int, connections: Mapping[int, socket.socket]) -> None:
         self.generation = generation
         self._connections = dict(connections)
+        self._sending = threading.Lock()  # a message must not begin within another
 
     def send(self, plan: session_pb2.StepPlan, ranks: Container[int] | None = None) -> None:
         """To all, or to those of `ranks` that follow. Raises OSError where one has gone."""
         wanted = [connection for rank, connection in self._connections.items() if ranks is None or rank in ranks]
         payload = plan.SerializeToString() if wanted else b""
-        for connection in wanted:
-            write_message(connection, payload)
+        with self._sending:
+            for connection in wanted:
+                write_message(connection, payload)
 
-    def hung_up(self, timeout_s: float) -> list[int]:
-        """The ranks that have gone, as soon as there is one; empty after `timeout_s`."""
+    def tell(self) -> None:
+        """Says that this process runs. From any thread; a plan that is being sent says it as well."""
+        if self._sending.acquire(blocking=False):
+            try:
+                for connection in self._connections.values():
+                    _send_if_room(connection, _EMPTY)
+            finally:
+                self._sending.release()
+
+    def listen(self, timeout_s: float) -> Heard:
+        """Of the followers, as soon as there is something to hear; from one thread."""
         poll = select.poll()
         ranks = {connection.fileno(): rank for rank, connection in self._connections.items()}
         for descriptor in ranks:
             poll.register(descriptor, select.POLLIN | select.POLLRDHUP)
-        return sorted(ranks[descriptor] for descriptor, _ in poll.poll(timeout_s * 1000))
+        gone: list[str] = []
+        alive: list[str] = []
+        for rank in sorted(ranks[descriptor] for descriptor, _ in poll.poll(timeout_s * 1000)):
+            try:
+                said = self._connections[rank].recv(4096, socket.MSG_DONTWAIT)
+            except OSError:
+                said = b""
+            (alive if said else gone).append(f"rank {rank}")
+        return Heard(gone, alive)
 
     def hang_up(self) -> None:
         """Ends the channel for both ends and for whoever waits here. From any thread."""
@@ -200,19 +236,35 @@ class PlanReceiver:
     def __init__(self, generation: int, connection: socket.socket) -> None:
         self.generation = generation
         self._connection = connection
+        self._num_taken = self._num_came = 0  # bytes that were read, and bytes that had come when last looked at
 
     def receive(self) -> session_pb2.StepPlan:
         """Blocks for the next plan. Raises ConnectionError at the end, ChannelRefused for another generation's plan."""
-        plan = session_pb2.StepPlan.FromString(read_message(self._connection))
+        payload = b""
+        while not payload:
+            payload = read_message(self._connection)
+            self._num_taken += _LENGTH.size + len(payload)
+        plan = session_pb2.StepPlan.FromString(payload)
         if plan.generation != self.generation:
             raise ChannelRefused(f"a plan of generation {plan.generation} in generation {self.generation}")
         return plan
 
-    def hung_up(self, timeout_s: float) -> bool:
-        """True as soon as the first rank has gone, even with plans unread; False after `timeout_s`."""
+    def tell(self) -> None:
+        """Says that this process runs. From one thread."""
+        _send_if_room(self._connection, _ALIVE)
+
+    def listen(self, timeout_s: float) -> Heard:
+        """Of the first rank: that it has gone, as soon as it has, even with plans unread, or after `timeout_s` whether
+        anything came meanwhile, read or not. From one thread."""
         poll = select.poll()
         poll.register(self._connection.fileno(), select.POLLRDHUP)
-        return bool(poll.poll(timeout_s * 1000))
+        if poll.poll(timeout_s * 1000):
+            return Heard(gone=[_FIRST])
+        unread = fcntl.ioctl(self._connection.fileno(), termios.FIONREAD, bytes(_UNREAD.size))
+        num_came = self._num_taken + int(_UNREAD.unpack(unread)[0])
+        heard = num_came != self._num_came
+        self._num_came = num_came
+        return Heard(alive=[_FIRST] if heard else [])
 
     def hang_up(self) -> None:
         """Ends the channel for both ends and for whoever waits here. From any thread."""

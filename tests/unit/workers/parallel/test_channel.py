@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
@@ -13,6 +14,7 @@ import pytest
 from protos.shoal.v1 import session_pb2
 from workers.parallel import channel
 from workers.parallel.channel import ChannelRefused, PlanListener, PlanReceiver, PlanSender
+from workers.watch import Heard
 
 SECRET = b"secret"
 HOST = "127.0.0.1"
@@ -171,10 +173,10 @@ def test_the_first_rank_notices_a_follower_that_goes(
     pair: tuple[PlanSender, PlanReceiver], end: Callable[[PlanReceiver], None]
 ) -> None:
     sender, receiver = pair
-    assert sender.hung_up(0) == []
+    assert sender.listen(0) == Heard([], [])
     timer = threading.Timer(0.05, end, [receiver])
     timer.start()
-    assert sender.hung_up(10) == [1]
+    assert sender.listen(10) == Heard(gone=["rank 1"], alive=[])
     timer.join()
 
 
@@ -183,10 +185,33 @@ def test_a_follower_notices_a_first_rank_that_goes_though_plans_are_unread(
 ) -> None:
     sender, receiver = pair
     sender.send(plan(3))
-    assert not receiver.hung_up(0)
+    assert not receiver.listen(0).gone
     sender.hang_up()
-    assert receiver.hung_up(10)
+    assert receiver.listen(10).gone
     assert receiver.receive() == plan(3)
+
+
+def test_each_end_hears_that_the_other_runs(pair: tuple[PlanSender, PlanReceiver]) -> None:
+    sender, receiver = pair
+    receiver.tell()
+    assert sender.listen(10) == Heard([], ["rank 1"])
+    assert sender.listen(0) == Heard([], [])
+    for act in (sender.tell, sender.tell, lambda: sender.send(plan(4))):
+        act()
+        assert any(receiver.listen(0.01).alive for _ in range(1000)), "unread, but it came"
+    assert not receiver.listen(0).alive, "nothing since"
+    assert receiver.receive() == plan(4), "what only says that a process runs is no plan"
+
+
+def test_who_reads_nothing_keeps_nobody_waiting(pair: tuple[PlanSender, PlanReceiver]) -> None:
+    sender, receiver = pair
+    sender._connections[1].setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while sender._connections[1].send(bytes(1 << 16)):
+            pass
+    sender._connections[1].setblocking(True)
+    sender.tell()
+    del receiver
 
 
 class _tap:
