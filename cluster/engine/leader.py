@@ -9,10 +9,13 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
+from cluster.engine.adopting import adopt
 from cluster.engine.asking import ask_all, ask_each
-from cluster.engine.experts import ExpertWatch
+from cluster.engine.balancing import Balancing
+from cluster.engine.forming import form
+from cluster.engine.means import Means, StoreHost
 from cluster.engine.members import Members
 from cluster.engine.pace import Pace
 from cluster.engine.ranks import Rank, RankLost, RankRefused, Ranks
@@ -22,8 +25,7 @@ from cluster.engine.states import EngineEvent, EngineState, after
 from cluster.engine.status import LastRegroup, engine_status
 from cluster.front_door.groups import GroupAddress
 from protos.shoal.v1 import admin_pb2
-from scheduler.experts import ExpertPlacement
-from workers.report import RankAddress, RankState, RankStatus
+from workers.report import RankState, RankStatus
 from workers.settings import EngineSettings
 
 __all__ = ["Leader", "Pace", "StoreHost"]
@@ -33,13 +35,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MOST_LOST = 64  # front doors hear of a loss at once, or they find out by themselves
-
-
-class StoreHost(Protocol):
-    """Where ranks meet; lives as long as the object."""
-
-    host: str
-    port: int
 
 
 class Leader:
@@ -57,19 +52,15 @@ class Leader:
     ) -> None:
         self._settings = settings
         self._ranks = ranks
-        self._host_store = host_store
         self._on_change = on_change
         self._pace = pace or Pace()
-        self._store: StoreHost | None = None
+        self._means = Means(settings, ranks, self._pace, host_store, newest=generation)
         self._members = Members(plan=settings.plan)
         self._statuses: Sequence[RankStatus] = ()
-        self._experts = ExpertWatch()
-        self._newest = generation  # the highest generation ever given out
+        self._experts = Balancing(self._means, self._members)
         self._waits = False  # for ranks without which nobody can go on
         self._last: LastRegroup | None = None
-        self._returning = Returning(
-            settings, ranks, self._pace, store=self._meeting_place, next_generation=self._next_generation
-        )
+        self._returning = Returning(self._means)
         self.state = EngineState.PLACING
         self.generation = generation
         self.progress = 0.0
@@ -114,8 +105,7 @@ class Leader:
         """The DP groups that take requests now. While others close up, those that go on do."""
         if self._waits or self.state not in (EngineState.READY, EngineState.REGROUPING):
             return ()
-        engine, generation = self._settings.engine, self.generation
-        return tuple(_group(engine, index, generation, target) for index, target in self._members.sessions.items())
+        return self._members.groups(self._settings.engine, self.generation)
 
     def status(self) -> admin_pb2.EngineStatus:
         """For `shoal status`; the groups' loads are the front doors' to fill in."""
@@ -125,7 +115,7 @@ class Leader:
             self.generation,
             self._members,
             self._statuses,
-            self._experts,
+            self._experts.watch,
             self._returning.joining,
             self._last,
         )
@@ -159,94 +149,28 @@ class Leader:
         self._advance(EngineEvent.ANSWERED)
 
     async def _adopt(self) -> bool:
-        """Takes over what lives of the ranks of an earlier leader, where that is at least one whole DP group."""
-        ranks = await self._ranks.adopt()
-        if not ranks:
-            await self._ranks.clear()
+        """Takes over what lives of the ranks of an earlier leader."""
+        found = await adopt(self._means, regroups=self._regroups)
+        if found is None:
             return False
-        answers, silent = await ask_each(ranks, lambda rank: rank.status(), self._pace.call_timeout_s)
-        self._newest = max([self._newest, *(status.newest_generation for status in answers.values())])
-        self._newest = max([self._newest, *(status.generation for status in answers.values())])
-        fit = {
-            number: status
-            for number, status in answers.items()
-            if status.state in (RankState.RUNNING, RankState.INTERRUPTED)
-        }
-        whole = self._known(ranks, fit).whole(fit)
-        as_it_is = len({status.generation for status in fit.values()}) == 1 and not any(
-            fit[number].state is RankState.INTERRUPTED for number in whole.ranks
-        )
-        if not whole.ranks or not (as_it_is or self._regroups):
-            log.info("%s: ranks of an earlier leader are not taken over: %s", self._settings.engine, silent or fit)
-            await self._ranks.clear()
-            return False
-        for number in ranks.keys() - whole.ranks.keys():
-            status = answers.get(number)
-            await self._ranks.fence(number, None if status is None else _address(status))
-        self._members = whole
-        self.generation = max(fit[number].generation for number in whole.ranks)
-        if as_it_is:
-            self._statuses = [fit[number] for number in whole.ranks]
+        self._members, self._statuses, self.generation = found.members, found.statuses, found.generation
+        self._experts = Balancing(self._means, found.members)
+        if found.as_it_is:
             self._advance(EngineEvent.ADOPTED)
         else:
-            await self._regroup("the leader died while ranks were lost", whole)
+            await self._regroup("the leader died while ranks were lost", found.members)
         return True
 
-    def _known(self, ranks: dict[int, Rank], statuses: dict[int, RankStatus]) -> Members:
-        """Members as their statuses tell of them."""
-        place = self._settings.plan.place
-        return Members(
-            plan=self._settings.plan,
-            ranks={number: ranks[number] for number in statuses},
-            addresses={number: _address(status) for number, status in statuses.items()},
-            sessions={place(number).dp_group: one.session for number, one in statuses.items() if one.session},
-        )
-
     async def _form(self) -> None:
-        """Places, joins, loads and starts all ranks in a new generation."""
-        pace, plan = self._pace, self._settings.plan
-        self.generation = self._next_generation()
+        self.generation = self._means.next_generation()
         self.progress = 0.0
-        self._experts = ExpertWatch()
-        self._members = Members(plan=plan, ranks=await self._ranks.place())
-        addresses = await self._all(lambda rank: rank.open(), pace.start_timeout_s)
-        self._members = Members(plan=plan, ranks=self._members.ranks, addresses=addresses)
-        self._advance(EngineEvent.PLACED)
-        others = list(addresses.values())
-        store = await self._meeting_place(others)
-        await self._all(lambda rank: rank.join(self.generation, store, others), pace.start_timeout_s)
-        self._advance(EngineEvent.JOINED)
-        await self._load()
-        self._advance(EngineEvent.LOADED)
-        started = await self._all(lambda rank: rank.start(), pace.start_timeout_s)
-        sessions = {plan.place(number).dp_group: session for number, session in started.items() if session}
-        self._members = Members(plan=plan, ranks=self._members.ranks, addresses=addresses, sessions=sessions)
+        self._members = Members(plan=self._settings.plan)
+        self._members = await form(self._means, self.generation, self._advance, self._note_progress)
+        self._experts = Balancing(self._means, self._members)
 
-    def _next_generation(self) -> int:
-        self._newest += 1
-        return self._newest
-
-    async def _meeting_place(self, addresses: Sequence[RankAddress]) -> tuple[str, int]:
-        """One rank meets nobody. The store outlives generations; each has its own part of it."""
-        if len(addresses) == 1:
-            return addresses[0].host, 0
-        if self._store is None:
-            self._store = await asyncio.to_thread(self._host_store, addresses[0].host)
-        return self._store.host, self._store.port
-
-    async def _load(self) -> None:
-        loading = asyncio.create_task(self._all(lambda rank: rank.load(), self._settings.load_timeout_s))
-        try:
-            while not loading.done():
-                await asyncio.wait({loading}, timeout=self._pace.progress_every_s)
-                counts = (await self._all(lambda rank: rank.load_progress(), self._pace.start_timeout_s)).values()
-                whole = sum(total for _, total in counts)
-                self.progress = sum(done for done, _ in counts) / whole if whole else 0.0
-                self._on_change()
-        finally:
-            if not loading.done():
-                loading.cancel()
-        await loading
+    def _note_progress(self, progress: float) -> None:
+        self.progress = progress
+        self._on_change()
 
     async def _serve(self) -> None:
         """Until no DP group is left to go on: RankLost."""
@@ -272,9 +196,9 @@ class Leader:
         tasks.add(asyncio.create_task(self._every(self._pace.renew_every_s, self._renew)))
         tasks.add(asyncio.create_task(self._every(self._pace.probe_every_s, self._probe)))
         if self._regroups:
-            tasks.add(asyncio.create_task(self._every(self._pace.look_every_s, self._look_at_experts)))
+            tasks.add(asyncio.create_task(self._every(self._pace.look_every_s, self._look)))
             if balance := self._settings.expert_balance:
-                tasks.add(asyncio.create_task(self._every(balance.interval_s, self._balance_experts)))
+                tasks.add(asyncio.create_task(self._every(balance.interval_s, self._experts.balance)))
         try:
             done, _ = await asyncio.wait(tasks | returning, return_when=asyncio.FIRST_COMPLETED)
             for task in done & tasks:
@@ -291,14 +215,7 @@ class Leader:
         started_s = asyncio.get_running_loop().time()
         self.error = cause
         self._advance(EngineEvent.INTERRUPTED)
-        regroup = Regroup(
-            self._settings,
-            self._ranks,
-            self._pace,
-            store=self._meeting_place,
-            next_generation=self._next_generation,
-            on_members=self._left,
-        )
+        regroup = Regroup(self._means, self._left)
         while True:
             try:
                 done = await regroup.run(members)
@@ -307,7 +224,7 @@ class Leader:
                 members = self._members.joined(await self._wait_for_ranks(error))
         self._waits = False
         self._members, self.generation = done.members, done.generation
-        self._experts = ExpertWatch(done.epoch)
+        self._experts = Balancing(self._means, done.members, done.epoch)
         # Whoever does not answer now shows as soon as the members are watched again.
         answers, _ = await ask_each(done.members.ranks, lambda rank: rank.status(), self._pace.answer_timeout_s)
         self._statuses = list(answers.values())
@@ -374,35 +291,9 @@ class Leader:
         await ask_all(self._members.firsts, lambda rank: rank.probe(timeout_s), timeout_s + self._pace.call_timeout_s)
         self.probed_at_s = asyncio.get_running_loop().time()
 
-    async def _look_at_experts(self) -> None:
-        answers = await ask_all(self._members.firsts, lambda rank: rank.expert_loads(), self._pace.call_timeout_s)
-        reports = [answer for answer in answers.values() if answer is not None]
-        if reports:
-            self._experts.see(reports)
+    async def _look(self) -> None:
+        if await self._experts.look():
             self._on_change()
-
-    async def _balance_experts(self) -> None:
-        """One layer after the other, so that no rank holds much more than it did while its experts change."""
-        balance = self._settings.expert_balance
-        assert balance is not None
-        await self._look_at_experts()
-        before = self._experts.imbalance
-        if before <= balance.threshold:
-            return
-        try:
-            for layer, placement in list(self._experts.wanted(_num_hosts([s.host for s in self._statuses]))):
-                await self._move_experts(layer, placement)
-        except RankRefused as error:
-            log.warning("%s: experts stay where they are: %s", self._settings.engine, error)
-        await self._look_at_experts()
-        log.info("%s: expert imbalance was %.2f, is %.2f", self._settings.engine, before, self._experts.imbalance)
-
-    async def _move_experts(self, layer: int, placement: ExpertPlacement) -> None:
-        self._experts.epoch += 1
-        epoch, timeout_s = self._experts.epoch, self._pace.move_timeout_s
-        places = [(layer, placement.slots)]
-        await self._all(lambda rank: rank.stage_experts(epoch, places), self._settings.load_timeout_s)
-        await self._all(lambda rank: rank.switch_experts(epoch, timeout_s), timeout_s + self._pace.call_timeout_s)
 
     async def _restart(self, reason: str, starts: int) -> None:
         """Where no DP group can go on without the lost ranks: what the others hold is of no use then."""
@@ -434,32 +325,6 @@ class Leader:
         if self.state is not before:
             log.info("%s: %s after %s", self._settings.engine, self.state, before)
         self._on_change()
-
-
-def _group(engine: str, dp_group: int, generation: int, target: str) -> GroupAddress:
-    host, _, port = target.rpartition(":")
-    return GroupAddress(
-        key=f"{engine}/{dp_group}",
-        engine=engine,
-        dp_group=dp_group,
-        host=host.strip("[]"),
-        port=int(port),
-        generation=generation,
-    )
-
-
-def _num_hosts(hosts: Sequence[str]) -> int:
-    """Hosts whose ranks are neighbours, equally many on each; 1 where they are not."""
-    found = len(set(hosts))
-    per_host = len(hosts) // found
-    even = len(hosts) % found == 0 and all(
-        len(set(hosts[start : start + per_host])) == 1 for start in range(0, len(hosts), per_host)
-    )
-    return found if even else 1
-
-
-def _address(status: RankStatus) -> RankAddress:
-    return RankAddress(status.rank, status.host, status.plan_port, status.pid)
 
 
 async def _troubled(rank: Rank, number: int, generation: int) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.engine.ranks import Rank
+from cluster.front_door.groups import GroupAddress
 from workers.parallel.plan import ParallelPlan
 from workers.report import RankAddress
 
@@ -55,3 +56,24 @@ class Members:
             addresses=dict(sorted({**self.addresses, **others.addresses}.items())),
             sessions=dict(sorted({**self.sessions, **others.sessions}.items())),
         )
+
+    def started(self, sessions: Mapping[int, str | None]) -> Members:
+        """These, which serve now: what `start` gave at each rank."""
+        found = {self.plan.place(number).dp_group: session for number, session in sessions.items() if session}
+        return replace(self, sessions=found)
+
+    def groups(self, engine: str, generation: int) -> tuple[GroupAddress, ...]:
+        """The DP groups for front doors."""
+        return tuple(_group(engine, index, generation, target) for index, target in self.sessions.items())
+
+
+def _group(engine: str, dp_group: int, generation: int, target: str) -> GroupAddress:
+    host, _, port = target.rpartition(":")
+    return GroupAddress(
+        key=f"{engine}/{dp_group}",
+        engine=engine,
+        dp_group=dp_group,
+        host=host.strip("[]"),
+        port=int(port),
+        generation=generation,
+    )

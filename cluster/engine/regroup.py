@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from cluster.engine.asking import ask_all, ask_each
+from cluster.engine.means import Means
 from cluster.engine.members import Members
-from cluster.engine.pace import Pace
-from cluster.engine.ranks import ExpertPlaces, RankLost, RankRefused, Ranks
+from cluster.engine.ranks import ExpertPlaces, RankLost, RankRefused
 from scheduler.experts_regroup import regrouped
-from workers.report import Holdings, RankAddress, RankState
-from workers.settings import EngineSettings
+from workers.report import Holdings, RankState
 
 __all__ = ["NoRoom", "Regroup", "Regrouped"]
 
@@ -44,25 +43,14 @@ class Regrouped:
 
 
 class Regroup:
-    """`next_generation` never gives a number twice; `on_members` hears at once who is left."""
+    """`on_members` hears at once who is left."""
 
-    def __init__(
-        self,
-        settings: EngineSettings,
-        ranks: Ranks,
-        pace: Pace,
-        *,
-        store: Callable[[Sequence[RankAddress]], Awaitable[tuple[str, int]]],
-        next_generation: Callable[[], int],
-        on_members: Callable[[Members], None],
-    ) -> None:
-        self._settings = settings
-        self._ranks = ranks
-        self._pace = pace
-        self._store = store
-        self._next_generation = next_generation
+    def __init__(self, means: Means, on_members: Callable[[Members], None]) -> None:
+        self._means = means
+        self._settings = means.settings
+        self._pace = means.pace
         self._on_members = on_members
-        self._redundant = settings.plan.redundant_experts
+        self._redundant = means.settings.plan.redundant_experts
         self._fenced: set[int] = set()
 
     async def run(self, members: Members) -> Regrouped:
@@ -104,11 +92,11 @@ class Regroup:
         for reason in lost.values():
             log.warning("%s: %s", self._settings.engine, reason)
         self._fenced |= lost.keys()
-        await asyncio.gather(*(self._ranks.fence(number, members.addresses.get(number)) for number in lost))
+        await asyncio.gather(*(self._means.ranks.fence(number, members.addresses.get(number)) for number in lost))
 
     async def _once(self, members: Members) -> Regrouped:
         pace, ranks = self._pace, members.ranks
-        generation = self._next_generation()
+        generation = self._means.next_generation()
         rest_s = pace.rest_timeout_s
         holdings, lost = await ask_each(
             ranks, lambda rank: rank.interrupt(generation, rest_s), rest_s + pace.answer_timeout_s
@@ -120,16 +108,15 @@ class Regroup:
         epoch = 1 + max(holding.epoch for holding in holdings.values())
         placements = _placements(holdings, self._redundant)
         addresses = list(members.addresses.values())
-        store = await self._store(addresses)
+        store = await self._means.meeting_place(addresses)
         read = await ask_all(
             ranks,
             lambda rank: rank.regroup(generation, store, addresses, epoch, placements),
             self._settings.load_timeout_s,
         )
         started = await ask_all(ranks, lambda rank: rank.start(), pace.start_timeout_s)
-        sessions = {members.plan.place(number).dp_group: session for number, session in started.items() if session}
         return Regrouped(
-            members=replace(members, sessions=sessions),
+            members=members.started(started),
             generation=generation,
             epoch=epoch,
             bytes_read=sum(read.values()),

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
 
 from cluster.engine.asking import ask_all
+from cluster.engine.means import Means
 from cluster.engine.members import Members
-from cluster.engine.pace import Pace
-from cluster.engine.ranks import RankLost, RankRefused, Ranks
-from workers.report import RankAddress
-from workers.settings import EngineSettings
+from cluster.engine.ranks import RankLost, RankRefused
 
 __all__ = ["Returning"]
 
@@ -21,20 +18,10 @@ log = logging.getLogger(__name__)
 class Returning:
     """One task per missing DP group, from when it is wanted until it is taken."""
 
-    def __init__(
-        self,
-        settings: EngineSettings,
-        ranks: Ranks,
-        pace: Pace,
-        *,
-        store: Callable[[Sequence[RankAddress]], Awaitable[tuple[str, int]]],
-        next_generation: Callable[[], int],
-    ) -> None:
-        self._settings = settings
-        self._ranks = ranks
-        self._pace = pace
-        self._store = store
-        self._next_generation = next_generation
+    def __init__(self, means: Means) -> None:
+        self._means = means
+        self._settings = means.settings
+        self._pace = means.pace
         self._tasks: dict[int, asyncio.Task[Members]] = {}
 
     @property
@@ -79,12 +66,12 @@ class Returning:
 
     async def _once(self, group: int) -> Members:
         plan, pace = self._settings.plan, self._pace
-        ranks = await self._ranks.replace(range(group * plan.group_size, (group + 1) * plan.group_size))
+        ranks = await self._means.ranks.replace(range(group * plan.group_size, (group + 1) * plan.group_size))
         log.info("%s: DP group %d is on its way", self._settings.engine, group)
         # As long as it takes: there may be no room for it now.
         addresses = dict(zip(ranks, await asyncio.gather(*(rank.open() for rank in ranks.values())), strict=True))
         others = list(addresses.values())
-        generation, store = self._next_generation(), await self._store(others)
+        generation, store = self._means.next_generation(), await self._means.meeting_place(others)
         await ask_all(ranks, lambda rank: rank.join(generation, store, others), pace.start_timeout_s)
         await ask_all(ranks, lambda rank: rank.load(), self._settings.load_timeout_s)
         log.info("%s: DP group %d is loaded", self._settings.engine, group)

@@ -1,0 +1,69 @@
+"""Evens out what the ranks' routed experts carry, by moving experts while the engine serves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from cluster.engine.asking import ask_all
+from cluster.engine.experts import ExpertWatch
+from cluster.engine.means import Means
+from cluster.engine.members import Members
+from cluster.engine.ranks import RankRefused
+from scheduler.experts import ExpertPlacement
+
+__all__ = ["Balancing"]
+
+log = logging.getLogger(__name__)
+
+
+class Balancing:
+    """Of one generation; `epoch` is that of its experts' placement. Every call raises RankLost as its ranks do."""
+
+    def __init__(self, means: Means, members: Members, epoch: int = 0) -> None:
+        self._settings = means.settings
+        self._pace = means.pace
+        self._members = members
+        self.watch = ExpertWatch(epoch)
+
+    async def look(self) -> bool:
+        """Counts what the groups' tokens chose; whether there are experts to count."""
+        answers = await ask_all(self._members.firsts, lambda rank: rank.expert_loads(), self._pace.call_timeout_s)
+        reports = [answer for answer in answers.values() if answer is not None]
+        if reports:
+            self.watch.see(reports)
+        return bool(reports)
+
+    async def balance(self) -> None:
+        """One layer after the other, so that no rank holds much more than it did while its experts change."""
+        balance, watch, name = self._settings.expert_balance, self.watch, self._settings.engine
+        assert balance is not None
+        await self.look()
+        before = watch.imbalance
+        if before <= balance.threshold:
+            return
+        try:
+            hosts = [address.host for address in self._members.addresses.values()]
+            for layer, placement in list(watch.wanted(_num_hosts(hosts))):
+                await self._move(layer, placement)
+        except RankRefused as error:
+            log.warning("%s: experts stay where they are: %s", name, error)
+        await self.look()
+        log.info("%s: expert imbalance was %.2f, is %.2f", name, before, watch.imbalance)
+
+    async def _move(self, layer: int, placement: ExpertPlacement) -> None:
+        ranks, load_s, move_s = self._members.ranks, self._settings.load_timeout_s, self._pace.move_timeout_s
+        self.watch.epoch += 1
+        epoch, places = self.watch.epoch, [(layer, placement.slots)]
+        await ask_all(ranks, lambda rank: rank.stage_experts(epoch, places), load_s)
+        await ask_all(ranks, lambda rank: rank.switch_experts(epoch, move_s), move_s + self._pace.call_timeout_s)
+
+
+def _num_hosts(hosts: Sequence[str]) -> int:
+    """Hosts whose ranks are neighbours, equally many on each; 1 where they are not."""
+    found = len(set(hosts))
+    per_host = len(hosts) // found
+    even = len(hosts) % found == 0 and all(
+        len(set(hosts[start : start + per_host])) == 1 for start in range(0, len(hosts), per_host)
+    )
+    return found if even else 1
