@@ -33,6 +33,7 @@ from workers.leading import Leading
 from workers.lease import Lease
 from workers.loop import STOPPED, Broken
 from workers.parallel.collectives import CurrentCollectives
+from workers.parallel.reach import out_of_reach
 from workers.parallel.vacant import AwaitedExchange
 from workers.pipeline import LastStage
 from workers.relocation import Relocation
@@ -206,10 +207,15 @@ class Rank:
             if not standing.regroups:
                 return Holdings()  # groups that share no steps are not concerned
             standing.note_trouble(f"generation {generation} follows")
+            standing.turn_away()
             self._leave(timeout_s)
             if self._state is RankState.RUNNING:
                 self._state = RankState.INTERRUPTED
             return self._experts.holdings() if self._experts is not None else Holdings()
+
+    def out_of_reach(self, addresses: Sequence[RankAddress], timeout_s: float) -> list[int]:
+        """Those of the ranks to which no connection can be made in time."""
+        return out_of_reach([address for address in addresses if address.rank != self.rank], timeout_s)
 
     def regroup(
         self,
@@ -295,6 +301,11 @@ class Rank:
     def renew(self, lease_s: float) -> None:
         """Keeps the process alive for `lease_s` from now; without a first call it lives on."""
         self._lease.renew(lease_s)
+        if self._changing.acquire(blocking=False):
+            try:
+                self._standing.turn_away()
+            finally:
+                self._changing.release()
 
     def expert_loads(self) -> ExpertLoads | None:
         """What the group's tokens chose; None where the model has no experts that DP groups share."""

@@ -75,6 +75,11 @@ class Standing:
         self.generation = self.newest = generation
         return self.membership
 
+    def turn_away(self) -> None:
+        """Strangers who connected while no generation is being joined."""
+        if self._listener is not None:
+            self._listener.turn_away()
+
     def hear(self, generation: int) -> None:
         """A leader names the next generation. Raises Outdated where another one has named it, or a later one."""
         if generation <= self.newest:

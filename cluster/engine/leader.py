@@ -60,7 +60,7 @@ class Leader:
         self._experts = Balancing(self._means, self._members)
         self._waits = False  # for ranks without which nobody can go on
         self._last: LastRegroup | None = None
-        self._returning = Returning(self._means)
+        self._returning = Returning(self._means, lambda: self._members)
         self.state = EngineState.PLACING
         self.generation = generation
         self.progress = 0.0

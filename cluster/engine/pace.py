@@ -10,7 +10,8 @@ __all__ = ["Pace"]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pace:
     """A rank that answers nothing for `answer_timeout_s` while others are in trouble is lost; otherwise it has
-    `call_timeout_s`. `rest_timeout_s` is how long a step may take to end once its generation is over."""
+    `call_timeout_s`. `rest_timeout_s` is how long a step may take to end once its generation is over. Two ranks
+    between which no connection is made in `reach_timeout_s` are cut off from each other."""
 
     renew_every_s: float = 1.0
     rank_lease_s: float = 30.0
@@ -19,6 +20,7 @@ class Pace:
     call_timeout_s: float = 10.0
     answer_timeout_s: float = 1.5
     rest_timeout_s: float = 5.0
+    reach_timeout_s: float = 1.0
     start_timeout_s: float = 120.0
     progress_every_s: float = 0.5
     look_every_s: float = 5.0

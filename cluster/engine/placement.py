@@ -169,6 +169,9 @@ class _RayRank:
     async def interrupt(self, generation: int, timeout_s: float) -> Holdings:
         return await self._ask(self._actor.interrupt.remote(generation, timeout_s))  # type: ignore[no-any-return]
 
+    async def out_of_reach(self, addresses: Sequence[RankAddress], timeout_s: float) -> list[int]:
+        return await self._ask(self._actor.out_of_reach.remote(addresses, timeout_s))  # type: ignore[no-any-return]
+
     async def regroup(
         self,
         generation: int,

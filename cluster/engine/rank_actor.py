@@ -69,6 +69,9 @@ class RankActor:
     def interrupt(self, generation: int, timeout_s: float) -> Holdings:
         return self._rank.interrupt(generation, timeout_s)
 
+    def out_of_reach(self, addresses: Sequence[RankAddress], timeout_s: float) -> list[int]:
+        return self._rank.out_of_reach(addresses, timeout_s)
+
     def regroup(
         self,
         generation: int,

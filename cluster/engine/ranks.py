@@ -51,6 +51,10 @@ class Rank(Protocol):
         """Ends the generation before `generation`; what experts the rank holds."""
         ...
 
+    async def out_of_reach(self, addresses: Sequence[RankAddress], timeout_s: float) -> list[int]:
+        """Those of the ranks to which it finds no way in time."""
+        ...
+
     async def regroup(
         self,
         generation: int,

@@ -1,7 +1,8 @@
 """One regroup: from members of which some may be dead, frozen or out of reach to a generation of those that live.
 
     who answers?     the others are fenced; DP groups that are no longer whole go, and with them their ranks
-    interrupt        every rank's step ends or fails, its groups are left; sequences, cache and experts stay
+    interrupt        every rank's step ends or fails, its groups are left; sequences, cache and experts stay; of ranks
+                     that cannot reach each other one side is fenced
     regroup          all meet anew; what experts only lost ranks held is read by the others
     start            the interrupted steps are run again
 
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from cluster.engine.asking import ask_all, ask_each
 from cluster.engine.means import Means
 from cluster.engine.members import Members
+from cluster.engine.partition import to_fence
 from cluster.engine.ranks import ExpertPlaces, RankLost, RankRefused
 from scheduler.experts_regroup import regrouped
 from workers.report import Holdings, RankState
@@ -97,17 +99,19 @@ class Regroup:
     async def _once(self, members: Members) -> Regrouped:
         pace, ranks = self._pace, members.ranks
         generation = self._means.next_generation()
-        rest_s = pace.rest_timeout_s
-        holdings, lost = await ask_each(
-            ranks, lambda rank: rank.interrupt(generation, rest_s), rest_s + pace.answer_timeout_s
+        rest_s, reach_s = pace.rest_timeout_s, pace.reach_timeout_s
+        addresses = list(members.addresses.values())
+        (holdings, lost), (cuts, silent) = await asyncio.gather(
+            ask_each(ranks, lambda rank: rank.interrupt(generation, rest_s), rest_s + pace.answer_timeout_s),
+            ask_each(ranks, lambda rank: rank.out_of_reach(addresses, reach_s), rest_s + pace.answer_timeout_s),
         )
+        lost = silent | lost or to_fence(members.plan, {number: set(others) for number, others in cuts.items()})
         if lost:
-            self._on_members(members.whole(holdings.keys()))
+            self._on_members(members.whole(ranks.keys() - lost.keys()))
             await self._fence(members, lost)
             raise RankLost("; ".join(lost.values()))
         epoch = 1 + max(holding.epoch for holding in holdings.values())
         placements = _placements(holdings, self._redundant)
-        addresses = list(members.addresses.values())
         store = await self._means.meeting_place(addresses)
         read = await ask_all(
             ranks,

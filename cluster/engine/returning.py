@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Mapping
 
 from cluster.engine.asking import ask_all
 from cluster.engine.means import Means
 from cluster.engine.members import Members
-from cluster.engine.ranks import RankLost, RankRefused
+from cluster.engine.ranks import Rank, RankLost, RankRefused
 
 __all__ = ["Returning"]
 
@@ -18,10 +19,12 @@ log = logging.getLogger(__name__)
 class Returning:
     """One task per missing DP group, from when it is wanted until it is taken."""
 
-    def __init__(self, means: Means) -> None:
+    def __init__(self, means: Means, members: Callable[[], Members]) -> None:
+        """`members` are those that serve now."""
         self._means = means
         self._settings = means.settings
         self._pace = means.pace
+        self._members = members
         self._tasks: dict[int, asyncio.Task[Members]] = {}
 
     @property
@@ -53,6 +56,14 @@ class Returning:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def _check_reach(self, ranks: Mapping[int, Rank]) -> None:
+        """Those that serve must not stop for ranks that cannot reach them. Raises RankLost."""
+        members, reach_s = list(self._members().addresses.values()), self._pace.reach_timeout_s
+        timeout_s = reach_s + self._pace.call_timeout_s
+        for number, cut in (await ask_all(ranks, lambda rank: rank.out_of_reach(members, reach_s), timeout_s)).items():
+            if cut:
+                raise RankLost(f"rank {number} cannot reach ranks {cut}")
+
     async def _bring(self, group: int) -> Members:
         """However often it takes."""
         backoff_s = self._pace.first_backoff_s
@@ -71,6 +82,7 @@ class Returning:
         # As long as it takes: there may be no room for it now.
         addresses = dict(zip(ranks, await asyncio.gather(*(rank.open() for rank in ranks.values())), strict=True))
         others = list(addresses.values())
+        await self._check_reach(ranks)
         generation, store = self._means.next_generation(), await self._means.meeting_place(others)
         await ask_all(ranks, lambda rank: rank.join(generation, store, others), pace.start_timeout_s)
         await ask_all(ranks, lambda rank: rank.load(), self._settings.load_timeout_s)

@@ -132,6 +132,13 @@ class PlanListener:
                     found[rank] = connection
         return found
 
+    def turn_away(self) -> None:
+        """Whoever waits for an answer, while nobody is expected: the queue is not endless."""
+        self._socket.settimeout(0)
+        with contextlib.suppress(OSError):  # nobody does, or the end has come
+            while True:
+                self._socket.accept()[0].close()
+
     def close(self) -> None:
         self._socket.close()
 

@@ -29,6 +29,7 @@ class FakeRank:
     newest: int = 0
     holdings: Holdings = field(default_factory=Holdings)
     group_size: int = 1
+    cut_off: set[int] = field(default_factory=set)
 
     async def _called(self, name: str) -> None:
         self.calls.append(name)
@@ -65,6 +66,10 @@ class FakeRank:
         if self.state is RankState.RUNNING:
             self.state = RankState.INTERRUPTED
         return self.holdings
+
+    async def out_of_reach(self, addresses: Sequence[RankAddress], timeout_s: float) -> list[int]:
+        await self._called("out_of_reach")
+        return sorted(address.rank for address in addresses if address.rank in self.cut_off and address.plan_port)
 
     async def regroup(
         self,

@@ -245,3 +245,33 @@ async def test_random_faults(seed: int) -> None:
                 rank.faults.clear()
             await until_whole(case, generation + 1)
             check(case)
+
+
+async def test_of_ranks_that_cannot_reach_each_other_one_goes_and_comes_back_when_it_can() -> None:
+    cut = {(1, 3)}
+    tried_again = asyncio.Event()
+
+    def prepare(index: int, ranks: list[FakeRank]) -> None:
+        holding(index, ranks)
+        if index > 1:
+            tried_again.set()
+        for rank in ranks:
+            rank.cut_off = {a + b - rank.rank for a, b in cut if rank.rank in (a, b)} if index else set()
+
+    async with leading(prepare, settings=FOUR) as case:
+        await case.until_state(EngineState.READY)
+        first = case.ranks.sets[0]
+        first[1].cut_off, first[3].cut_off = {3}, {1}
+        for number in (1, 3):
+            first[number].troubled.set()
+        await case.until(lambda: case.leader.state is EngineState.READY and len(case.leader.groups()) == 3)
+        check(case)
+        assert case.ranks.fenced == [3]
+        await tried_again.wait()
+        generation = case.leader.generation
+        assert len(case.leader.groups()) == 3, "those that serve do not stop for what cannot reach them"
+        first[1].cut_off.clear()
+        cut.clear()
+        await until_whole(case, generation + 1)
+        check(case)
+        assert case.ranks.num_cleared == 1

@@ -14,6 +14,8 @@ import pytest
 from protos.shoal.v1 import session_pb2
 from workers.parallel import channel
 from workers.parallel.channel import ChannelRefused, PlanListener, PlanReceiver, PlanSender
+from workers.parallel.reach import out_of_reach
+from workers.report import RankAddress
 from workers.watch import Heard
 
 SECRET = b"secret"
@@ -142,6 +144,21 @@ def test_a_false_first_rank_is_refused(pool: ThreadPoolExecutor) -> None:
 def test_who_is_missing_is_named(listener: PlanListener) -> None:
     with pytest.raises(TimeoutError, match=r"ranks \[1, 4\]"):
         listener.accept({1, 4}, generation=1, secret=SECRET, timeout_s=0.05)
+
+
+def test_whoever_is_not_expected_does_not_fill_the_queue(listener: PlanListener) -> None:
+    address = RankAddress(3, HOST, listener.port, 1)
+    for _ in range(3):
+        for _ in range(100):  # of about 128
+            assert out_of_reach([address], 5.0) == []
+        listener.turn_away()
+
+
+def test_a_rank_without_a_way_to_it_is_out_of_reach(listener: PlanListener) -> None:
+    with socket.create_server((HOST, 0)) as server:
+        closed = server.getsockname()[1]
+    addresses = [RankAddress(1, HOST, closed, 1), RankAddress(2, HOST, listener.port, 1), RankAddress(3, HOST, 0, 1)]
+    assert out_of_reach(addresses, 5.0) == [1], "a follower listens nowhere"
 
 
 @pytest.fixture
