@@ -122,9 +122,10 @@ class FrontDoor:
             try:
                 await self._roster.report_front_door.remote(self._report())
                 snapshot = await self._roster.watch.remote(version, _WATCH_S)
-                if self._spec.settings.plan.data > 1:  # groups may share experts, which leaders count
-                    engines, _ = await self._roster.overview.remote()
-                    self._server.experts.see(engine.status for engine in engines)
+                engines, _ = await self._roster.overview.remote()
+                statuses = [engine.status for engine in engines]
+                self._server.engines.see(statuses)
+                self._server.experts.see(statuses)
             except ray.exceptions.RayError as error:
                 # Ray starts it again; until then the groups that are known stay in use.
                 log.warning("the roster does not answer: %s", str(error).splitlines()[0])

@@ -15,6 +15,7 @@ from cluster.engine.adopting import adopt
 from cluster.engine.asking import ask_all, ask_each
 from cluster.engine.balancing import Balancing
 from cluster.engine.forming import form
+from cluster.engine.history import History, Occasion
 from cluster.engine.means import Means, StoreHost
 from cluster.engine.members import Members
 from cluster.engine.pace import Pace
@@ -22,7 +23,7 @@ from cluster.engine.ranks import Rank, RankLost, RankRefused, Ranks
 from cluster.engine.regroup import NoRoom, Regroup
 from cluster.engine.returning import Returning
 from cluster.engine.states import EngineEvent, EngineState, after
-from cluster.engine.status import LastRegroup, engine_status
+from cluster.engine.status import engine_status
 from cluster.front_door.groups import GroupAddress
 from protos.shoal.v1 import admin_pb2
 from workers.report import RankState, RankStatus
@@ -59,7 +60,7 @@ class Leader:
         self._statuses: Sequence[RankStatus] = ()
         self._experts = Balancing(self._means, self._members)
         self._waits = False  # for ranks without which nobody can go on
-        self._last: LastRegroup | None = None
+        self._history = History()
         self._returning = Returning(self._means, lambda: self._members)
         self.state = EngineState.PLACING
         self.generation = generation
@@ -117,7 +118,7 @@ class Leader:
             self._statuses,
             self._experts.watch,
             self._returning.joining,
-            self._last,
+            self._history,
         )
 
     async def _bring_up(self) -> None:
@@ -142,7 +143,7 @@ class Leader:
         except (RankLost, RankRefused) as error:
             if not adopted or not self._regroups:
                 raise
-            await self._regroup(str(error), self._members)
+            await self._regroup(Occasion.TAKEN_OVER, str(error), self._members)
             return
         self.progress = 1.0
         self.error = ""
@@ -158,7 +159,7 @@ class Leader:
         if found.as_it_is:
             self._advance(EngineEvent.ADOPTED)
         else:
-            await self._regroup("the leader died while ranks were lost", found.members)
+            await self._regroup(Occasion.TAKEN_OVER, "the leader died while ranks were lost", found.members)
         return True
 
     async def _form(self) -> None:
@@ -177,12 +178,12 @@ class Leader:
         while True:
             try:
                 joining = await self._keep()
-                cause = "ranks " + ", ".join(map(str, joining.ranks)) + " are back"
+                occasion, cause = Occasion.RETURNED, "ranks " + ", ".join(map(str, joining.ranks)) + " are back"
             except (RankLost, RankRefused) as error:
                 if not self._regroups:
                     raise
-                joining, cause = Members(plan=self._settings.plan), str(error)
-            await self._regroup(cause, self._members.joined(joining))
+                occasion, joining, cause = Occasion.LOST, Members(plan=self._settings.plan), str(error)
+            await self._regroup(occasion, cause, self._members.joined(joining))
 
     async def _keep(self) -> Members:
         """Renews the ranks' leases and asks for a token now and then; the groups that have come back meanwhile.
@@ -209,7 +210,7 @@ class Leader:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _regroup(self, cause: str, members: Members) -> None:
+    async def _regroup(self, occasion: Occasion, cause: str, members: Members) -> None:
         """Raises RankLost where nobody is left, or it does not succeed."""
         log.warning("%s: regrouping: %s", self._settings.engine, cause)
         started_s = asyncio.get_running_loop().time()
@@ -229,7 +230,7 @@ class Leader:
         answers, _ = await ask_each(done.members.ranks, lambda rank: rank.status(), self._pace.answer_timeout_s)
         self._statuses = list(answers.values())
         seconds = asyncio.get_running_loop().time() - started_s
-        self._last = LastRegroup(1 if self._last is None else self._last.number + 1, cause, seconds)
+        self._history.regrouped(occasion, cause, seconds)
         self.progress, self.error = 1.0, ""
         log.warning(
             "%s: generation %d of ranks %s after %.2f s, %d bytes of experts read",
@@ -303,6 +304,7 @@ class Leader:
         log.warning("%s: %s; starting all ranks again", self._settings.engine, reason)
         self.error = reason
         self._waits = False
+        self._history.restarted()
         self._advance(EngineEvent.LOST)
         await self._returning.end()
         await self._ranks.clear()

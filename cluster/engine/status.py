@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from cluster.engine.experts import ExpertWatch
+from cluster.engine.history import History
 from cluster.engine.members import Members
 from protos.shoal.v1 import admin_pb2
 from workers.report import RankStatus
 from workers.settings import EngineSettings
 
-__all__ = ["LastRegroup", "engine_status"]
-
-
-@dataclass(frozen=True, slots=True)
-class LastRegroup:
-    """How many there have been under this leader; of the last one, why and how long."""
-
-    number: int
-    cause: str
-    seconds: float
+__all__ = ["engine_status"]
 
 
 def engine_status(
@@ -31,7 +22,7 @@ def engine_status(
     reports: Sequence[RankStatus],
     experts: ExpertWatch,
     joining: Sequence[int],
-    last: LastRegroup | None,
+    history: History,
 ) -> admin_pb2.EngineStatus:
     status = admin_pb2.EngineStatus(
         name=settings.engine,
@@ -60,8 +51,8 @@ def engine_status(
     if members.ranks:
         status.missing_ranks.extend(number for number in members.missing if number not in joining)
         status.joining_ranks.extend(joining)
-    if last is not None:
-        status.num_regroups, status.last_regroup_cause, status.last_regroup_s = last.number, last.cause, last.seconds
+    status.num_ranks = settings.plan.num_ranks
+    history.tell(status)
     return status
 
 

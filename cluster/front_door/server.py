@@ -15,6 +15,7 @@ from cluster.front_door.admin_door import AdminDoor, Operations
 from cluster.front_door.auth import ApiKeys
 from cluster.front_door.chat_template import ChatTemplate
 from cluster.front_door.desk import Desk
+from cluster.front_door.engine_metrics import EngineMetrics
 from cluster.front_door.expert_metrics import ExpertMetrics
 from cluster.front_door.groups import GroupAddress
 from cluster.front_door.grpc_server import GrpcServer
@@ -89,6 +90,8 @@ class FrontDoorServer:
         metrics.register(self.registry)
         self.experts = ExpertMetrics(card.name)
         self.registry.register(self.experts)
+        self.engines = EngineMetrics(card.name)
+        self.registry.register(self.engines)
         self.desk = Desk(
             card=card,
             codec=codec,

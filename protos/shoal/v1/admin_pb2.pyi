@@ -307,6 +307,9 @@ class EngineStatus(_message.Message):
     LAST_REGROUP_CAUSE_FIELD_NUMBER: _builtins.int
     LAST_REGROUP_S_FIELD_NUMBER: _builtins.int
     PLAN_REASONS_FIELD_NUMBER: _builtins.int
+    REGROUPS_FIELD_NUMBER: _builtins.int
+    NUM_RANKS_FIELD_NUMBER: _builtins.int
+    NUM_RESTARTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: _builtins.str
     generation: _builtins.int
@@ -336,6 +339,10 @@ class EngineStatus(_message.Message):
     last_regroup_cause: _builtins.str
     last_regroup_s: _builtins.float
     """how long no rank ran a step"""
+    num_ranks: _builtins.int
+    """of the plan"""
+    num_restarts: _builtins.int
+    """starts of all ranks because none could go on, since this leader leads"""
     @_builtins.property
     def dp_groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___DPGroupStatus]: ...
     @_builtins.property
@@ -351,6 +358,10 @@ class EngineStatus(_message.Message):
     @_builtins.property
     def plan_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """why the plan was chosen, in sentences; empty where it was given"""
+
+    @_builtins.property
+    def regroups(self) -> _containers.RepeatedCompositeFieldContainer[Global___RegroupTotal]:
+        """since this leader leads, by occasion"""
 
     def __init__(
         self,
@@ -380,14 +391,53 @@ class EngineStatus(_message.Message):
         last_regroup_cause: _builtins.str = ...,
         last_regroup_s: _builtins.float = ...,
         plan_reasons: _abc.Iterable[_builtins.str] | None = ...,
+        regroups: _abc.Iterable[Global___RegroupTotal] | None = ...,
+        num_ranks: _builtins.int = ...,
+        num_restarts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collectives", b"collectives", "dispatch", b"dispatch", "dp_groups", b"dp_groups", "draining", b"draining", "dtype", b"dtype", "expert_epoch", b"expert_epoch", "expert_imbalance", b"expert_imbalance", "generation", b"generation", "joining_ranks", b"joining_ranks", "kernels", b"kernels", "last_regroup_cause", b"last_regroup_cause", "last_regroup_s", b"last_regroup_s", "leader_node", b"leader_node", "leader_pid", b"leader_pid", "load_s", b"load_s", "missing_ranks", b"missing_ranks", "name", b"name", "num_regroups", b"num_regroups", "plan", b"plan", "plan_reasons", b"plan_reasons", "quantization", b"quantization", "ranks", b"ranks", "state", b"state", "version", b"version", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collectives", b"collectives", "dispatch", b"dispatch", "dp_groups", b"dp_groups", "draining", b"draining", "dtype", b"dtype", "expert_epoch", b"expert_epoch", "expert_imbalance", b"expert_imbalance", "generation", b"generation", "joining_ranks", b"joining_ranks", "kernels", b"kernels", "last_regroup_cause", b"last_regroup_cause", "last_regroup_s", b"last_regroup_s", "leader_node", b"leader_node", "leader_pid", b"leader_pid", "load_s", b"load_s", "missing_ranks", b"missing_ranks", "name", b"name", "num_ranks", b"num_ranks", "num_regroups", b"num_regroups", "num_restarts", b"num_restarts", "plan", b"plan", "plan_reasons", b"plan_reasons", "quantization", b"quantization", "ranks", b"ranks", "regroups", b"regroups", "state", b"state", "version", b"version", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EngineStatus: _TypeAlias = EngineStatus  # noqa: Y015
+
+@_typing.final
+class RegroupTotal(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OCCASION_FIELD_NUMBER: _builtins.int
+    BOUNDS_S_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    occasion: _builtins.str
+    """"lost", "returned", "taken-over" """
+    seconds: _builtins.float
+    """all of them together"""
+    @_builtins.property
+    def bounds_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """rising: upper ends of the buckets, behind which there is another one"""
+
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of regroups, by how long they took"""
+
+    def __init__(
+        self,
+        *,
+        occasion: _builtins.str = ...,
+        bounds_s: _abc.Iterable[_builtins.float] | None = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bounds_s", b"bounds_s", "counts", b"counts", "occasion", b"occasion", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegroupTotal: _TypeAlias = RegroupTotal  # noqa: Y015
 
 @_typing.final
 class DPGroupStatus(_message.Message):
