@@ -26,7 +26,7 @@ def place_experts(num_experts: int, plan: ParallelPlan, *, one_host: bool = Fals
     if plan.expert > num_experts:
         raise ValueError(
             f"parallel.data {plan.data} x parallel.tensor {plan.tensor} are more ranks than the model has experts "
-            f"({num_experts})"
+            f"({num_experts}); data {max(1, num_experts // plan.tensor)} or less would work"
         )
     if not plan.redundant_experts:
         return (striped if one_host and plan.data > 1 else contiguous)(num_experts, plan.expert)
@@ -37,7 +37,8 @@ def place_experts(num_experts: int, plan: ParallelPlan, *, one_host: bool = Fals
     try:
         return balanced([1.0] * num_experts, plan.expert, redundant=plan.redundant_experts)
     except ValueError as error:
-        raise ValueError(f"parallel.redundant_experts {plan.redundant_experts}: {error}") from error
+        even = -num_experts % plan.expert or plan.expert
+        raise ValueError(f"parallel.redundant_experts {plan.redundant_experts}: {error}; {even} would work") from error
 
 
 def moe_parameters(shard: Shard, ours: str, theirs: str) -> Iterator[Parameter]:

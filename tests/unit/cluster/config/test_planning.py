@@ -134,7 +134,12 @@ def test_what_does_not_fit_is_refused_with_what_would(
             r"parallel\.tensor 3 must divide .*128 attention heads; sizes that work: 1, 2",
         ),
         ("V3", {"pipeline": 62, "data": "auto"}, r"parallel\.pipeline 62 exceeds the model's 61 layers; 61 or less"),
-        ("V2-Lite", {"data": 65}, r"more ranks than the model has experts \(64\)"),
+        ("V2-Lite", {"data": 65}, r"more ranks than the model has experts \(64\); data 64 or less would work"),
+        (
+            "V2-Lite",
+            {"data": 2, "redundant_experts": 3},
+            r"redundant_experts 3: .* by 2 ranks; 2 would work",
+        ),
         ("V3", {"tensor": 8, "data": 3}, "needs 24 GPUs an engine, 16 were found"),
         (
             "V3",
@@ -150,6 +155,12 @@ def test_axes_that_cannot_be_are_refused(name: str, parallel: dict[str, Any], me
     document = {"parallel": parallel, "inference": FP8 if name == "V3" else {}}
     with pytest.raises(ValueError, match=message):
         resolve_engine(parse(document), facts(name), nodes(2, 8, 80))
+
+
+def test_what_needs_all_layers_on_a_rank_is_planned_so() -> None:
+    inference = {**FP8, "record_routing": "/tmp/routing", "max_model_len": 4096, "max_batch_size": 1}
+    assert plan("Kimi-K2", nodes(1, 8, 141), {**FP8}).plan.pipeline == 4
+    assert plan("Kimi-K2", nodes(1, 8, 141), inference).plan.pipeline == 1
 
 
 @settings(max_examples=60, deadline=None)
