@@ -60,6 +60,7 @@ class Done:
     began_s: float
     ended_s: float = 0.0
     lines: list[str] = field(default_factory=list)
+    late_s: float = 0.0  # how late this process itself came to read its streams, at most
 
     def longest_pause_s(self, records: Sequence[StreamRecord]) -> float:
         """Of the waits between two messages of a stream that reach into the order's time."""
@@ -89,7 +90,7 @@ def orders(folder: Path, model: Path) -> tuple[Order, ...]:
     config = _config(folder, "next", model)
     slow = _config(folder, "slow", model, more=", max_batch_size: 1")
     broken = _config(folder, "broken", _cut_short(folder / "broken", model))
-    watch = ("--watch-s", "5", "--max-slowdown", "20")
+    watch = ("--watch-s", "4", "--max-slowdown", "20")
     canary = ("--strategy", "canary", "--weight", "0.3", *watch)
     return (
         Order("nothing", ()),
@@ -209,7 +210,8 @@ async def run(
                 f"{pause_s:.2f} s at {at_s:.1f} s" for pause_s, at_s in done[-1].pauses(load.records)[:5]
             )
             progress(f"{order.what}: {took_s:.1f} s; longest pauses: {pauses}")
-            progress(f"    we ourselves were late by {lag.longest_s(done[-1]):.2f} s at most")
+            done[-1].late_s = lag.longest_s(done[-1])
+            progress(f"    we ourselves were late by {done[-1].late_s:.2f} s at most")
             for line in done[-1].lines:
                 progress(f"    {line}")
     finally:
@@ -238,9 +240,17 @@ def findings(done: Sequence[Done], load: Load, expected: Mapping[Work, list[int]
         facts={
             "model": "random weights in DeepSeek-V3's form, three layers; engines of two DP groups that share experts",
             "requests": f"{len(load.records)}, plain streams that neither retry nor resume",
+            "longest wait for a first token": _each(done, lambda it: it.longest_first_s(load.records)),
+            "this client itself was late, so that a pause may be its own, by at most": _each(
+                done, lambda it: it.late_s
+            ),
             "the machine meanwhile": f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}",
         },
     )
+
+
+def _each(done: Sequence[Done], seconds: Callable[[Done], float]) -> str:
+    return ", ".join(f"{it.order.what} {seconds(it):.2f} s" for it in done)
 
 
 def _rows(done: Done, records: Sequence[StreamRecord]) -> list[Figure]:
@@ -252,9 +262,8 @@ def _rows(done: Done, records: Sequence[StreamRecord]) -> list[Figure]:
         goal=_LONGEST_PAUSE_S if done.order.arguments and done.order.beside is None else None,
         goal_is_most=True,
     )
-    first = Figure(what=f"{what}: longest wait for a first token", unit="s", ours=(done.longest_first_s(records),))
     took = Figure(what=f"{what}: it took", unit="s", ours=(done.ended_s - done.began_s,))
-    return [pause, first, took]
+    return [pause, took]
 
 
 def main() -> int:
