@@ -83,8 +83,12 @@ def test_engines_come_and_go_and_no_request_fails(tmp_path: Path) -> None:
             down = run_shoal("drain", "engine-0", "--timeout-s", "1", *at)
             assert down.returncode == 0, down.stdout + down.stderr
             rollout = ("rollout", str(config), "--version", "2", "--watch-s", "2", "--max-slowdown", "50", *at)
+            killer = threading.Thread(target=_kill_while_it_rolls, args=(served,))
+            killer.start()
             new = run_shoal(*rollout)
+            killer.join()
             assert new.returncode == 0, new.stdout + new.stderr + served.output
+            assert "version 2 serves alone" in new.stdout, "its news go on behind the roster's death"
             (engine,) = served.status().engines
             assert (engine.version, engine.state) == ("2", "ready")
         assert load.errors == []
@@ -132,6 +136,13 @@ def _check_the_roster_is_survived(served: Served, at: list[str]) -> None:
     back = run_shoal("drain", "engine-1/rank-0", "--undo", *at)
     assert back.returncode == 0, back.stdout + back.stderr
     eventually(lambda: draining() == [False, False], "the group takes requests")
+
+
+def _kill_while_it_rolls(served: Served) -> None:
+    """Serve's controller as the new engine is being placed, the roster a little later."""
+    eventually(lambda: "(version 2)" in served.output, "a new engine is started")
+    _kill(served, "ServeController")
+    _kill(served, "RosterActor")
 
 
 def _other_tokenizer(folder: Path, model: Path) -> Path:

@@ -180,4 +180,5 @@ async def test_an_http_stream_goes_on_behind_the_last_event() -> None:
         headers["Idempotency-Key"] = "another"
         unknown = await client.post(urls[0], json=body, headers=headers)
         assert unknown.status_code == 404
+        assert unknown.json()["error"]["param"] == "last-event-id"
         assert "send it anew" in unknown.json()["error"]["message"]

@@ -7,13 +7,13 @@ import math
 
 from starlette.responses import Response
 
-from cluster.front_door.errors import WIRE, InternalError, RequestError, WireStatus
+from cluster.front_door.errors import WIRE, InternalError, RequestError, Unavailable, WireStatus
 from cluster.front_door.incidents import incident
 
 __all__ = ["HttpFault", "error_body", "error_response", "wire_status"]
 
 # Names of a call's parts that an HTTP client knows by another one.
-_PARAMS = {"text": "prompt", "token_ids": "prompt"}
+_PARAMS = {"text": "prompt", "token_ids": "prompt", "held": "last-event-id"}
 
 
 class HttpFault(Exception):
@@ -48,6 +48,8 @@ def error_body(error: Exception) -> tuple[int, dict[str, object], dict[str, str]
     headers = {"WWW-Authenticate": "Bearer"} if status.http == 401 else {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if isinstance(error, Unavailable):
+        headers["Connection"] = "close"  # this door may be closing: the next connection can reach another one
     if isinstance(error, InternalError):
         headers["X-Should-Retry"] = "false"  # the openai clients would otherwise send it again at once
     param = _PARAMS.get(error.field, error.field)

@@ -349,7 +349,9 @@ async def test_what_nobody_foresaw_is_an_incident_and_nothing_else(
 async def test_no_retry_is_asked_for_where_none_is_due(client: httpx.AsyncClient, desk: FakeDesk) -> None:
     for error in (Overloaded("full"), Unavailable("none")):
         desk.fail_with = error
-        assert "retry-after" not in (await client.post(COMPLETIONS, json={"prompt": "a"})).headers
+        answer = await client.post(COMPLETIONS, json={"prompt": "a"})
+        assert "retry-after" not in answer.headers
+        assert answer.headers.get("connection") == ("close" if isinstance(error, Unavailable) else None)
 
 
 async def test_keys() -> None:
