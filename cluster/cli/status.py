@@ -86,6 +86,9 @@ def _engine(engine: admin_pb2.EngineStatus) -> Iterator[str | Table]:
     if engine.num_regroups:
         last = f"{engine.last_regroup_s:.2f} s, because {escape(engine.last_regroup_cause)}"
         yield f"  regrouped {engine.num_regroups} times; the last time in {last}"
+    if engine.num_restarts:
+        cause = escape(engine.last_restart_cause)
+        yield f"  all ranks were started again {engine.num_restarts} times; the last time because {cause}"
     if engine.expert_imbalance:
         yield f"  experts: imbalance {engine.expert_imbalance:.2f} (1 is even), moved {engine.expert_epoch} times"
 

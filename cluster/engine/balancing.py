@@ -28,11 +28,12 @@ class Balancing:
 
     async def look(self) -> bool:
         """Counts what the groups' tokens chose; whether there are experts to count."""
-        answers = await ask_all(self._members.firsts, lambda rank: rank.expert_loads(), self._pace.call_timeout_s)
-        reports = [answer for answer in answers.values() if answer is not None]
-        if reports:
-            self.watch.see(reports)
-        return bool(reports)
+        answers = await ask_all(self._members.stages, lambda rank: rank.expert_loads(), self._pace.call_timeout_s)
+        plan = self._settings.plan
+        found = [(plan.place(number).stage, answer) for number, answer in answers.items() if answer is not None]
+        if found:
+            self.watch.see([[answer for stage, answer in found if stage == n] for n in range(plan.pipeline)])
+        return bool(found)
 
     async def balance(self) -> None:
         """One layer after the other, so that no rank holds much more than it did while its experts change."""

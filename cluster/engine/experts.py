@@ -20,22 +20,28 @@ class ExpertWatch:
 
     def __init__(self, epoch: int = 0) -> None:
         self._layers: tuple[int, ...] = ()
+        self._stages: list[range] = []  # of a pipeline: which of the layers are theirs, by place in the list
         self._totals: list[list[int]] = []
         self._recent: list[list[float]] = []
         self._placements: list[ExpertPlacement] = []
         self.epoch = epoch
 
-    def see(self, reports: Sequence[ExpertLoads]) -> None:
-        """One report of every DP group."""
-        first = reports[0]
-        totals = [
-            [sum(counts) for counts in zip(*layer, strict=True)]
-            for layer in zip(*(report.counts for report in reports), strict=True)
-        ]
-        if self._layers != first.layers or any(
+    def see(self, stages: Sequence[Sequence[ExpertLoads]]) -> None:
+        """Of each stage of the pipeline one report of every DP group; none where it has no experts."""
+        totals: list[list[int]] = []
+        self._stages = []
+        for reports in stages:
+            by_layer = zip(*(report.counts for report in reports), strict=True)
+            start = len(totals)
+            totals += [[sum(counts) for counts in zip(*layer, strict=True)] for layer in by_layer]
+            self._stages.append(range(start, len(totals)))
+        firsts = [reports[0] for reports in stages if reports]
+        layers = tuple(layer for first in firsts for layer in first.layers)
+        slots = [places for first in firsts for places in first.slots]
+        if self._layers != layers or any(
             new < old for a, b in zip(totals, self._totals, strict=True) for new, old in zip(a, b, strict=True)
         ):
-            self._layers = first.layers
+            self._layers = layers
             self._totals = [[0] * len(counts) for counts in totals]
             self._recent = [[0.0] * len(counts) for counts in totals]
         self._recent = [
@@ -43,13 +49,15 @@ class ExpertWatch:
             for recent, now, then in zip(self._recent, totals, self._totals, strict=True)
         ]
         self._totals = totals
-        self._placements = [ExpertPlacement(len(now), slots) for now, slots in zip(totals, first.slots, strict=True)]
-        self.epoch = max(self.epoch, *(report.epoch for report in reports))
+        self._placements = [ExpertPlacement(len(now), slots) for now, slots in zip(totals, slots, strict=True)]
+        self.epoch = max([self.epoch, *(report.epoch for reports in stages for report in reports)])
 
     @property
-    def rank_tokens(self) -> list[float]:
-        """Recent expert choices that each rank of the stage serves, over all layers; empty before the first look."""
-        return [sum(layer) for layer in zip(*self._carried(), strict=True)]
+    def stage_tokens(self) -> list[list[float]]:
+        """Recent expert choices that each rank of each stage serves, over the stage's layers; empty before the first
+        look, and where a stage has no experts."""
+        carried = self._carried()
+        return [[sum(layer) for layer in zip(*(carried[n] for n in stage), strict=True)] for stage in self._stages]
 
     @property
     def imbalance(self) -> float:

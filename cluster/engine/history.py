@@ -35,6 +35,7 @@ class History:
         self._cause = ""
         self._last_s = 0.0
         self._num_restarts = 0
+        self._restart_cause = ""
 
     def regrouped(self, occasion: Occasion, cause: str, seconds: float) -> None:
         total = self._totals[occasion]
@@ -42,12 +43,13 @@ class History:
         total.counts[bisect_left(_BOUNDS_S, seconds)] += 1
         self._cause, self._last_s = cause, seconds
 
-    def restarted(self) -> None:
+    def restarted(self, cause: str) -> None:
         """All ranks, because none could go on."""
         self._num_restarts += 1
+        self._restart_cause = cause
 
     def tell(self, status: admin_pb2.EngineStatus) -> None:
-        status.num_restarts = self._num_restarts
+        status.num_restarts, status.last_restart_cause = self._num_restarts, self._restart_cause
         status.num_regroups = sum(sum(total.counts) for total in self._totals.values())
         status.last_regroup_cause, status.last_regroup_s = self._cause, self._last_s
         for occasion, total in self._totals.items():

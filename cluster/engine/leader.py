@@ -196,10 +196,10 @@ class Leader:
         tasks |= {asyncio.create_task(_troubled(rank, number, generation)) for number, rank in ranks.items()}
         tasks.add(asyncio.create_task(self._every(self._pace.renew_every_s, self._renew)))
         tasks.add(asyncio.create_task(self._every(self._pace.probe_every_s, self._probe)))
-        if self._regroups:
+        if self._settings.plan.data > 1:
             tasks.add(asyncio.create_task(self._every(self._pace.look_every_s, self._look)))
-            if balance := self._settings.expert_balance:
-                tasks.add(asyncio.create_task(self._every(balance.interval_s, self._experts.balance)))
+        if self._regroups and (balance := self._settings.expert_balance):
+            tasks.add(asyncio.create_task(self._every(balance.interval_s, self._experts.balance)))
         try:
             done, _ = await asyncio.wait(tasks | returning, return_when=asyncio.FIRST_COMPLETED)
             for task in done & tasks:
@@ -304,7 +304,7 @@ class Leader:
         log.warning("%s: %s; starting all ranks again", self._settings.engine, reason)
         self.error = reason
         self._waits = False
-        self._history.restarted()
+        self._history.restarted(reason)
         self._advance(EngineEvent.LOST)
         await self._returning.end()
         await self._ranks.clear()

@@ -28,6 +28,11 @@ class Members:
         return {number: rank for number, rank in self.ranks.items() if self.plan.place(number).first_in_group}
 
     @property
+    def stages(self) -> dict[int, Rank]:
+        """Of each stage of each DP group the first rank, which sees all of the group's tokens."""
+        return {number: rank for number, rank in self.ranks.items() if self.plan.place(number).tensor_index == 0}
+
+    @property
     def missing(self) -> tuple[int, ...]:
         """The plan's ranks that are not here."""
         return tuple(number for number in range(self.plan.num_ranks) if number not in self.ranks)

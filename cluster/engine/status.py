@@ -40,11 +40,12 @@ def engine_status(
         status.kernels = reports[0].kernels
         status.dispatch = reports[0].dispatch
         status.load_s = max(report.load_s for report in reports)
-    tokens = experts.rank_tokens
-    if tokens:
+    carried: dict[int, float] = {}
+    for stage, tokens in enumerate(experts.stage_tokens):
+        ranks = (number for number in members.ranks if members.plan.place(number).stage == stage)
+        carried |= zip(ranks, tokens, strict=False)
+    if carried:
         status.expert_imbalance, status.expert_epoch = experts.imbalance, experts.epoch
-    # With experts that move there is one stage, whose ranks are all there are.
-    carried = dict(zip(members.ranks, tokens, strict=False))
     for report in reports:
         if report.rank in members.ranks:
             _add_rank(status, report, carried.get(report.rank, 0.0))

@@ -310,6 +310,7 @@ class EngineStatus(_message.Message):
     REGROUPS_FIELD_NUMBER: _builtins.int
     NUM_RANKS_FIELD_NUMBER: _builtins.int
     NUM_RESTARTS_FIELD_NUMBER: _builtins.int
+    LAST_RESTART_CAUSE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: _builtins.str
     generation: _builtins.int
@@ -343,6 +344,7 @@ class EngineStatus(_message.Message):
     """of the plan"""
     num_restarts: _builtins.int
     """starts of all ranks because none could go on, since this leader leads"""
+    last_restart_cause: _builtins.str
     @_builtins.property
     def dp_groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___DPGroupStatus]: ...
     @_builtins.property
@@ -394,10 +396,11 @@ class EngineStatus(_message.Message):
         regroups: _abc.Iterable[Global___RegroupTotal] | None = ...,
         num_ranks: _builtins.int = ...,
         num_restarts: _builtins.int = ...,
+        last_restart_cause: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collectives", b"collectives", "dispatch", b"dispatch", "dp_groups", b"dp_groups", "draining", b"draining", "dtype", b"dtype", "expert_epoch", b"expert_epoch", "expert_imbalance", b"expert_imbalance", "generation", b"generation", "joining_ranks", b"joining_ranks", "kernels", b"kernels", "last_regroup_cause", b"last_regroup_cause", "last_regroup_s", b"last_regroup_s", "leader_node", b"leader_node", "leader_pid", b"leader_pid", "load_s", b"load_s", "missing_ranks", b"missing_ranks", "name", b"name", "num_ranks", b"num_ranks", "num_regroups", b"num_regroups", "num_restarts", b"num_restarts", "plan", b"plan", "plan_reasons", b"plan_reasons", "quantization", b"quantization", "ranks", b"ranks", "regroups", b"regroups", "state", b"state", "version", b"version", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collectives", b"collectives", "dispatch", b"dispatch", "dp_groups", b"dp_groups", "draining", b"draining", "dtype", b"dtype", "expert_epoch", b"expert_epoch", "expert_imbalance", b"expert_imbalance", "generation", b"generation", "joining_ranks", b"joining_ranks", "kernels", b"kernels", "last_regroup_cause", b"last_regroup_cause", "last_regroup_s", b"last_regroup_s", "last_restart_cause", b"last_restart_cause", "leader_node", b"leader_node", "leader_pid", b"leader_pid", "load_s", b"load_s", "missing_ranks", b"missing_ranks", "name", b"name", "num_ranks", b"num_ranks", "num_regroups", b"num_regroups", "num_restarts", b"num_restarts", "plan", b"plan", "plan_reasons", b"plan_reasons", "quantization", b"quantization", "ranks", b"ranks", "regroups", b"regroups", "state", b"state", "version", b"version", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

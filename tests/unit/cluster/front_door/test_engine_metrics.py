@@ -14,7 +14,7 @@ def test_ranks_generation_and_regroups_of_an_engine() -> None:
     for seconds in (0.4, 0.6, 2.5):
         history.regrouped(Occasion.LOST, "rank 1 died", seconds)
     history.regrouped(Occasion.RETURNED, "ranks 1 are back", 0.05)
-    history.restarted()
+    history.restarted("rank 3 died")
     engine = admin_pb2.EngineStatus(name="engine-0", state="ready", generation=7, num_ranks=4, joining_ranks=[1])
     for rank in (0, 2, 3):
         engine.ranks.add(rank=rank)
