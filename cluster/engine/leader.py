@@ -222,7 +222,8 @@ class Leader:
                 done = await regroup.run(members)
                 break
             except NoRoom as error:
-                members = self._members.joined(await self._wait_for_ranks(error))
+                self._left(error.members)  # and those that have come in stay
+                members = self._members.joined(await self._wait_for_ranks(str(error)))
         self._waits = False
         self._members, self.generation = done.members, done.generation
         self._experts = Balancing(self._means, done.members, done.epoch)
@@ -250,21 +251,24 @@ class Leader:
         self._members = Members(plan=members.plan, ranks=members.ranks, addresses=members.addresses, sessions=sessions)
         self._on_change()
 
-    async def _wait_for_ranks(self, error: NoRoom) -> Members:
-        """The members hold what they have until others come back."""
+    async def _wait_for_ranks(self, reason: str) -> Members:
+        """The members hold what they have until others come back, or another of them is lost."""
         if not self._members.missing:
-            raise RankLost(str(error))
+            raise RankLost(reason)
         self._waits = True
-        self.error = f"the experts of ranks {list(self._members.missing)} fit nowhere until these are back: {error}"
+        self.error = f"the experts of ranks {list(self._members.missing)} fit nowhere until these are back: {reason}"
         log.error("%s: %s", self._settings.engine, self.error)
         self._on_change()
-        renewing = asyncio.create_task(self._every(self._pace.renew_every_s, self._renew_leases))
+        watching = {asyncio.create_task(rank.lost()) for rank in self._members.ranks.values()}
+        watching.add(asyncio.create_task(self._every(self._pace.renew_every_s, self._renew_leases)))
         try:
-            tasks = self._returning.want(self._members.missing_groups)
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            returning = self._returning.want(self._members.missing_groups)
+            await asyncio.wait(returning | watching, return_when=asyncio.FIRST_COMPLETED)
             return self._returning.take()
         finally:
-            renewing.cancel()
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
 
     async def _every(self, period_s: float, act: Callable[[], Awaitable[object]]) -> None:
         while True:

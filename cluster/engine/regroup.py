@@ -31,7 +31,11 @@ log = logging.getLogger(__name__)
 
 
 class NoRoom(Exception):
-    """The members' memory does not take the experts of those that are missing."""
+    """The memory of the `members` that are left does not take the experts of those that are missing."""
+
+    def __init__(self, reason: str, members: Members) -> None:
+        super().__init__(reason)
+        self.members = members
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +73,7 @@ class Regroup:
                 reason = str(error)
             except RankRefused as error:
                 if not self._redundant:
-                    raise NoRoom(str(error)) from None
+                    raise NoRoom(str(error), members) from None
                 self._redundant, reason = 0, str(error)
         raise RankLost(f"{self._pace.max_regroups} attempts to regroup failed, the last so: {reason}")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from cluster.engine.asking import ask_all
+from cluster.engine.asking import ask_all, ask_each
 from cluster.engine.means import Means
 from cluster.engine.members import Members
 from cluster.engine.ranks import Rank, RankLost, RankRefused
+from workers.report import RankAddress
 
 __all__ = ["Returning"]
 
@@ -56,11 +57,13 @@ class Returning:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _check_reach(self, ranks: Mapping[int, Rank]) -> None:
-        """Those that serve must not stop for ranks that cannot reach them. Raises RankLost."""
-        members, reach_s = list(self._members().addresses.values()), self._pace.reach_timeout_s
-        timeout_s = reach_s + self._pace.call_timeout_s
-        for number, cut in (await ask_all(ranks, lambda rank: rank.out_of_reach(members, reach_s), timeout_s)).items():
+    async def _check_reach(self, ranks: Mapping[int, Rank], addresses: Sequence[RankAddress]) -> None:
+        """Those that serve must not stop for ranks that cannot reach them or each other. Raises RankLost."""
+        members, reach_s = self._members(), self._pace.reach_timeout_s
+        theirs, timeout_s = [*members.addresses.values(), *addresses], reach_s + self._pace.call_timeout_s
+        found = await ask_all(ranks, lambda rank: rank.out_of_reach(theirs, reach_s), timeout_s)
+        others, _ = await ask_each(members.ranks, lambda rank: rank.out_of_reach(addresses, reach_s), timeout_s)
+        for number, cut in {**found, **others}.items():
             if cut:
                 raise RankLost(f"rank {number} cannot reach ranks {cut}")
 
@@ -82,7 +85,7 @@ class Returning:
         # As long as it takes: there may be no room for it now.
         addresses = dict(zip(ranks, await asyncio.gather(*(rank.open() for rank in ranks.values())), strict=True))
         others = list(addresses.values())
-        await self._check_reach(ranks)
+        await self._check_reach(ranks, others)
         generation, store = self._means.next_generation(), await self._means.meeting_place(others)
         await ask_all(ranks, lambda rank: rank.join(generation, store, others), pace.start_timeout_s)
         await ask_all(ranks, lambda rank: rank.load(), self._settings.load_timeout_s)

@@ -12,7 +12,10 @@ from workers.report import ExpertLoads, Holdings, RankAddress, RankState, RankSt
 
 @dataclass
 class FakeRank:
-    """Notes every call; `faults` maps a call to the exception it ends in, or to None where it never answers."""
+    """Notes every call; `faults` maps a call to the exception it ends in, or to None where it never answers.
+
+    `dies_at` and `freezes_at` name calls at which that begins for good.
+    """
 
     rank: int
     first: bool
@@ -30,10 +33,18 @@ class FakeRank:
     holdings: Holdings = field(default_factory=Holdings)
     group_size: int = 1
     cut_off: set[int] = field(default_factory=set)
+    dies_at: str = ""
+    freezes_at: str = ""
+    frozen: bool = False
 
     async def _called(self, name: str) -> None:
         self.calls.append(name)
         await asyncio.sleep(0)
+        if name == self.dies_at:
+            self.death.set()
+        self.frozen |= name == self.freezes_at
+        if self.frozen and not self.death.is_set():
+            await self.death.wait()  # which is what fencing brings
         if self.death.is_set():
             raise RankLost(f"rank {self.rank} died")
         if name in self.faults:

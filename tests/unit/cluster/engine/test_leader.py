@@ -61,7 +61,11 @@ class Case:
     """A leader over fake ranks. `until` waits for what the leader's changes bring about."""
 
     def __init__(
-        self, prepare: Callable[[int, list[FakeRank]], None], settings: EngineSettings, generation: int
+        self,
+        prepare: Callable[[int, list[FakeRank]], None],
+        settings: EngineSettings,
+        generation: int,
+        pace: Pace = PACE,
     ) -> None:
         plan = settings.plan
         self.ranks = FakeRanks(plan.num_ranks, plan.group_size, prepare)
@@ -69,7 +73,7 @@ class Case:
         self._changed = asyncio.Event()
         self._history: list[Moment] = []
         self._seen = 0
-        self.leader = Leader(settings, self.ranks, self._store, self._note, generation=generation, pace=PACE)
+        self.leader = Leader(settings, self.ranks, self._store, self._note, generation=generation, pace=pace)
 
     def _note(self) -> None:
         self._history.append(Moment(self.leader.state, self.leader.groups(), self.leader.error))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
 import pytest
 
-from cluster.engine.ranks import RankLost, RankRefused
+from cluster.engine.ranks import Rank, RankLost, RankRefused
 from cluster.engine.states import EngineState
 from scheduler.experts import contiguous
 from tests.unit.cluster.engine.fake_ranks import FakeRank
@@ -275,3 +276,34 @@ async def test_of_ranks_that_cannot_reach_each_other_one_goes_and_comes_back_whe
         await until_whole(case, generation + 1)
         check(case)
         assert case.ranks.num_cleared == 1
+
+
+async def test_who_has_come_in_stays_while_others_are_waited_for() -> None:
+    """Memory suffices for three ranks' experts, not for two's: the first to come back is not thrown away."""
+    rooms = {1: asyncio.Event(), 2: asyncio.Event()}
+
+    def prepare(index: int, ranks: list[FakeRank]) -> None:
+        holding(index, ranks)
+        if not index:
+            ranks[0].faults["regroup"] = RankRefused("no memory for 2 more experts")
+
+    async with leading(prepare, settings=FOUR) as case:
+        await case.until_state(EngineState.READY)
+        replace_ranks = case.ranks.replace
+
+        async def replacing(numbers: Sequence[int]) -> dict[int, Rank]:
+            await rooms[numbers[0]].wait()
+            return await replace_ranks(numbers)
+
+        case.ranks.replace = replacing  # type: ignore[method-assign]
+        kill(case, 1, 2)
+        await case.until(lambda: "ranks [1, 2] fit nowhere" in case.leader.error)
+        rooms[1].set()
+        await case.until(lambda: "ranks [2] fit nowhere" in case.leader.error)
+        newcomer = case.ranks.living[1]
+        case.ranks.living[0].faults.clear()
+        rooms[2].set()
+        await until_whole(case, 2)
+        check(case)
+        assert case.ranks.living[1] is newcomer
+        assert [len(ranks) for ranks in case.ranks.sets] == [4, 1, 1]
