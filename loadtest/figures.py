@@ -28,6 +28,8 @@ SECTIONS = {
     "ep": "tests.integration.measure_ep",
     "moe-layer": "tests.integration.measure_moe_layer",
     "rollout": "tests.integration.measure_rollout",
+    "chaos": "tests.integration.measure_chaos",
+    "ray-up": "tests.integration.measure_ray_up",
     "serve-proxy": "loadtest.peers.serve_proxy",
     "latency": "loadtest.peers.latency",
     "scheduler-simulated": "loadtest.peers.scheduler_simulated",

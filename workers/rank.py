@@ -167,6 +167,7 @@ class Rank:
         assert runner is not None, "start before load"
         if self._leading is not None or self._follower is not None:
             return self._go_on(runner)
+        self._standing.recover()  # from the generation in which this rank was alone while it loaded
         if self.place.first_in_group:
             if self.settings.record_routing is not None:
                 self.record_routing(self.settings.record_routing)

@@ -18,7 +18,7 @@ __all__ = ["kill_process"]
 log = logging.getLogger(__name__)
 
 _NAME = "RankActor"  # Ray names its processes after what they run
-_TIMEOUT_S = 5.0
+_TIMEOUT_S = 1.0  # nobody waits longer for a host that may be gone; where it comes back, it is killed then
 
 
 def kill_process(host: str, pid: int) -> None:
@@ -35,7 +35,7 @@ def kill_process(host: str, pid: int) -> None:
     try:
         ray.get(killed, timeout=_TIMEOUT_S)
     except RayError as error:
-        log.warning("%s cannot be reached to end process %d: %s", host, pid, str(error).splitlines()[0])
+        log.warning("%s has not ended process %d yet: %s", host, pid, str(error).splitlines()[0])
 
 
 def _kill(pid: int) -> None:

@@ -230,8 +230,8 @@ def _largest_node(resource: str) -> float:
 
 
 def _death(error: RayActorError) -> str:
-    text = str(error)
-    if "out-of-memory" in text.lower() or "OOM" in text:
+    # What Ray says of every death names the kernel's OOM killer as a possible cause; this, only its own memory monitor.
+    if "running low on memory" in str(error):
         return "the machine ran out of memory"
     return "its process is gone"
 

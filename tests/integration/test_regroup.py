@@ -100,6 +100,7 @@ async def test_a_killed_rank_is_replaced_by_the_others_and_comes_back(start: Sta
     assert time.monotonic() - killed_s < STEP_TIMEOUT_S + 1
     await asyncio.to_thread(engine.replace, 3)
     sessions = await asyncio.to_thread(engine.regroup, [0, 1, 2, 3])
+    assert await _wait_for_trouble(engine, [0, 1, 2, 3], 0.2) == [""] * 4, "the one that came back forgets its start"
     assert await running == expected
     status = engine.on_all("status")
     assert [rank["generation"] for rank in status] == [engine.generation] * 4
