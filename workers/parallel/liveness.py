@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 from collections.abc import Iterable
 
 __all__ = ["quicken", "quicken_all", "stuck_after_s"]
@@ -45,11 +46,13 @@ def quicken_all(hosts: Iterable[str], timeout_s: float) -> int:
     count = 0
     for name in os.listdir("/proc/self/fd"):
         try:
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
             with socket.socket(fileno=os.dup(int(name))) as connection:
                 if connection.type != socket.SOCK_STREAM or connection.getpeername()[0] not in wanted:
                     continue
                 quicken(connection, timeout_s)
                 count += 1
         except (OSError, IndexError):
-            continue  # not a socket, not connected, not TCP, or closed in between
+            continue  # not connected, not TCP, or closed in between
     return count
