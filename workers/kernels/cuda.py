@@ -13,9 +13,12 @@ import torch
 
 from workers.cache import LayerCache
 from workers.kernels import paged
+from workers.kernels.deep_gemm import DeepGemmLinear, block_scales
 from workers.kernels.flash_mla import BLOCK_SIZE, FlashMLA, takes
 from workers.kernels.libraries import Library, found
+from workers.kernels.quantized import Fp8Weight, Weight
 from workers.kernels.reference import ReferenceKernels
+from workers.kernels.seam import Linear
 from workers.step import DecodeGroup
 
 __all__ = ["CudaKernels"]
@@ -49,10 +52,31 @@ class CudaKernels(ReferenceKernels):
 
             self._flash_mla = FlashMLA(flash_mla)
             latents = f"{libraries['FlashMLA']} where inference.block_size is {BLOCK_SIZE}, else {latents}"
+        self._deep_gemm: Any = None
+        self._fp8 = "dequantised in tiles"
+        if "DeepGEMM" in libraries and capability == (9, 0):
+            import deep_gemm
+
+            self._deep_gemm = deep_gemm
+            self._fp8 = f"by {libraries['DeepGEMM']} where they are whole blocks of 128, else dequantised in tiles"
         self.groups_experts = capability[0] in (9, 10)  # elsewhere torch's own is a loop that waits for the device
         self.description = f"torch; attention: {prompts} for prompts, {decoding} for decoding, {latents} from latents"
         if self.groups_experts:
             self.description += "; experts: torch's grouped product"
+
+    def describe(self, quantization: str) -> str:
+        if quantization == "fp8":
+            return f"{self.description}; fp8 weights {self._fp8}"
+        return super().describe(quantization)
+
+    def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
+        if (
+            self._deep_gemm is not None
+            and isinstance(weight, Fp8Weight)
+            and (scales := block_scales(weight)) is not None
+        ):
+            return DeepGemmLinear(self._deep_gemm, weight, scales, bias)
+        return super().linear(weight, bias)
 
     def ragged(self, width: int) -> bool:
         return True

@@ -14,6 +14,7 @@ _KNOWN = {
     "flash-attn": ("flash_attn", "flash-attn"),  # prompts
     "triton": ("triton", "triton"),  # decoding from the paged cache
     "FlashMLA": ("flash_mla", "flash_mla"),  # decoding from the paged cache of latents
+    "DeepGEMM": ("deep_gemm", "deep_gemm"),  # linear layers on FP8 weights
     "DeepEP": ("deep_ep", "deep_ep"),  # expert dispatch
 }
 
