@@ -59,6 +59,7 @@ class Leader:
         self._members = Members(plan=settings.plan)
         self._statuses: Sequence[RankStatus] = ()
         self._experts = Balancing(self._means, self._members)
+        self._as_it_was = False  # an earlier leader's engine, taken over while it serves
         self._waits = False  # for ranks without which nobody can go on
         self._history = History()
         self._returning = Returning(self._means, lambda: self._members)
@@ -103,8 +104,12 @@ class Leader:
         await self._ranks.clear()
 
     def groups(self) -> tuple[GroupAddress, ...]:
-        """The DP groups that take requests now. While others close up, those that go on do."""
-        if self._waits or self.state not in (EngineState.READY, EngineState.REGROUPING):
+        """The DP groups that take requests now. While others close up, those that go on do, and what was taken over
+        as it was never stopped."""
+        going = self.state in (EngineState.READY, EngineState.REGROUPING) or (
+            self._as_it_was and self.state is EngineState.PROBING
+        )
+        if self._waits or not going:
             return ()
         return self._members.groups(self._settings.engine, self.generation)
 
@@ -156,6 +161,7 @@ class Leader:
             return False
         self._members, self._statuses, self.generation = found.members, found.statuses, found.generation
         self._experts = Balancing(self._means, found.members)
+        self._as_it_was = found.as_it_is
         if found.as_it_is:
             self._advance(EngineEvent.ADOPTED)
         else:
@@ -165,6 +171,7 @@ class Leader:
     async def _form(self) -> None:
         self.generation = self._means.next_generation()
         self.progress = 0.0
+        self._as_it_was = False
         self._members = Members(plan=self._settings.plan)
         self._members = await form(self._means, self.generation, self._advance, self._note_progress)
         self._experts = Balancing(self._means, self._members)

@@ -120,6 +120,7 @@ async def leading(
 
 async def test_ranks_are_brought_up_in_order() -> None:
     async with leading() as case:
+        assert (await case.until_state(EngineState.PROBING)).groups == ()
         await case.until_state(EngineState.READY)
         (ranks,) = case.ranks.sets
         for rank in ranks:
@@ -242,6 +243,8 @@ async def test_a_new_leader_takes_living_ranks_over_as_they_are() -> None:
         return adopted
 
     async with leading(generation=5, orphans=orphans) as case:
+        moment = await case.until_state(EngineState.PROBING)
+        assert [group.port for group in moment.groups] == [2000, 2002], "they never stopped"
         await case.until_state(EngineState.READY)
         assert case.ranks.sets == []
         assert case.ranks.num_cleared == 0
