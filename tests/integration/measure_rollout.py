@@ -4,7 +4,7 @@ Serves a checkpoint of random weights, shaped as DeepSeek V3, in two engines of 
 (`inference.deterministic`), keeps plain streams open all the while, and gives the orders of an operator one after the
 other. The clients neither retry nor resume: whatever goes wrong with a stream is a failed request. Every answer is
 compared with the undisturbed one, and the pauses are looked at operation by operation. Clients and operators have
-machines of their own: where it may, this process goes before all others here, and the commands behind them.
+machines of their own: where it may, this process goes before the rest of its session, and the commands behind it.
 """
 
 from __future__ import annotations
@@ -276,8 +276,8 @@ def _go_first() -> str:
     try:
         os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
     except PermissionError:
-        return "may not go before others on this machine: its own lateness is in the pauses"
-    return f"at niceness {_NICENESS}, the commands at 19"
+        return "may not go before the commands: its own lateness is in the pauses"
+    return f"at niceness {_NICENESS} in its session, the commands at 19"
 
 
 def main() -> int:
