@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config.machine import Machine, Node, this_machine
 
-__all__ = ["cluster_machine"]
+__all__ = ["cluster_machine", "describe"]
 
 log = logging.getLogger(__name__)
 
@@ -23,27 +23,32 @@ _ANSWER_S = 30.0
 
 def cluster_machine() -> Machine:
     """Of the cluster that this process has joined: the least of its nodes, the GPUs of all, and every node."""
-    own = this_machine()
     living = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    told = _ask(living)
-    nodes = tuple(_node(node, machine) for node, machine in zip(living, told, strict=True))
+    return describe(living, _ask(living), this_machine())
+
+
+def describe(living: Sequence[Mapping[str, Any]], told: Sequence[Machine | None], own: Machine) -> Machine:
+    """From Ray's entries, and what each node said of itself; `own` where there are none."""
+    both = list(zip(living, told, strict=True))
+    nodes = tuple(_node(node["Resources"], machine) for node, machine in both)
     if not nodes:
         return own
-    silent = [node["NodeManagerHostname"] for node, machine in zip(living, told, strict=True) if machine is None]
-    known = [node.gpu_memory_bytes for node in nodes if node.gpus]
+    silent = [node["NodeManagerHostname"] for node, machine in both if machine is None]
+    gpu_memory = [node.gpu_memory_bytes for node in nodes if node.gpus]
+    known = [size for size in gpu_memory if size is not None]
     return Machine(
         cores=min(node.cores for node in nodes),
         memory_bytes=min(node.memory_bytes for node in nodes),
         free_bytes=min(node.free_bytes for node in nodes),
         gpus=sum(node.gpus for node in nodes),
-        fast_bfloat16=all(machine.fast_bfloat16 for machine in told if machine is not None) and own.fast_bfloat16,
-        gpu_memory_bytes=min((size for size in known if size is not None), default=None) if all(known) else None,
+        fast_bfloat16=all(machine.fast_bfloat16 for machine in (own, *told) if machine is not None),
+        gpu_memory_bytes=min(known) if known and len(known) == len(gpu_memory) else None,
         nodes=nodes,
         notes=(f"{', '.join(silent)} did not say what memory there is: Ray's estimate was taken",) if silent else (),
     )
 
 
-def _ask(living: Sequence[dict[str, Any]]) -> list[Machine | None]:
+def _ask(living: Sequence[Mapping[str, Any]]) -> list[Machine | None]:
     ask = ray.remote(this_machine)
     places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in living]
     answers = [ask.options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote() for place in places]
@@ -58,9 +63,8 @@ def _ask(living: Sequence[dict[str, Any]]) -> list[Machine | None]:
     return found
 
 
-def _node(node: dict[str, Any], machine: Machine | None) -> Node:
+def _node(resources: Mapping[str, float], machine: Machine | None) -> Node:
     """Cores and GPUs are those that Ray gives away."""
-    resources = node["Resources"]
     cores, gpus = int(resources["CPU"]), int(resources.get("GPU", 0))
     if machine is None:
         memory = int(resources.get("memory", 0))

@@ -79,7 +79,10 @@ class Operator:
                 scale(self.fleet, admin_pb2.ScaleRequest.FromString(order.request).engines, tell)
             else:
                 request = admin_pb2.RolloutRequest.FromString(order.request)
-                roll_out(self.fleet, prepare_rollout(request, self.fleet.spec, self._machine()), tell)
+                rollout = prepare_rollout(request, self.fleet.spec, self._machine())
+                for reason in rollout.spec.settings.plan_reasons:
+                    tell(f"{rollout.spec.settings.plan}: {reason}")
+                roll_out(self.fleet, rollout, tell)
         except (OperationFailed, ConfigError, ModelError) as error:
             self._tell(order, News("failed", str(error)))
         except Exception:
