@@ -29,10 +29,10 @@ TEXT = "A shoal is many small fish"
 NUM_TOKENS = 24
 
 
-def config(*, data: int | str = "auto", start_timeout_s: int = 60) -> str:
+def config(*, plan: str = "data: auto", start_timeout_s: int = 60) -> str:
     doors = f"host: 0.0.0.0, port: {PORT}, http_port: {HTTP_PORT}"
     return f"""
-parallel: {{data: {data}}}
+parallel: {{{plan}}}
 inference: {{deterministic: true, dtype: float32, max_model_len: 512}}
 resources: {{cache_size: 16MiB, cpu_threads: 1}}
 security: {{api_key: {KEY}}}
@@ -84,18 +84,29 @@ def refusal(address: str) -> grpc.StatusCode:
     return caught.value.code()
 
 
+def door_of(output: str, *hosts: Host) -> Host:
+    """A host with a front door, from what the server says."""
+    lines = [line.split()[-1] for line in output.splitlines() if line.strip().startswith("gRPC")]
+    doors = [host for host in hosts if f"{host.address}:{PORT}" in lines]
+    assert doors, output
+    return doors[0]
+
+
+def engine_of(door: Host) -> admin_pb2.EngineStatus:
+    with grpc.insecure_channel(f"{door.address}:{PORT}") as channel:
+        metadata = (("authorization", f"Bearer {KEY}"),)
+        status = admin_pb2_grpc.AdminStub(channel).Status(admin_pb2.StatusRequest(), metadata=metadata, timeout=20)
+    (engine,) = status.engines
+    return engine
+
+
 def test_an_engine_over_two_hosts_answers_a_third(hosts: Hosts, model: Path) -> None:
     first, second, client = hosts
     with serving_on(first, model, config()) as server:
-        lines = [line.split()[-1] for line in server.output.splitlines() if line.strip().startswith("gRPC")]
-        doors = [host for host in (first, second) if f"{host.address}:{PORT}" in lines]
-        assert doors, server.output
-        assert ask(client, doors[0], KEY)["tokens"] == greedy(model)
-        assert ask(client, doors[0], "not-the-key")["code"] == "UNAUTHENTICATED"
-        with grpc.insecure_channel(f"{doors[0].address}:{PORT}") as channel:
-            metadata = (("authorization", f"Bearer {KEY}"),)
-            status = admin_pb2_grpc.AdminStub(channel).Status(admin_pb2.StatusRequest(), metadata=metadata, timeout=20)
-        (engine,) = status.engines
+        door = door_of(server.output, first, second)
+        assert ask(client, door, KEY)["tokens"] == greedy(model)
+        assert ask(client, door, "not-the-key")["code"] == "UNAUTHENTICATED"
+        engine = engine_of(door)
         assert engine.plan == "data 2 x pipeline 1 x tensor 1", "a rank of one thread on each host's one core"
         assert any("data 2: every group" in reason for reason in engine.plan_reasons)
         assert not any("Ray's estimate" in reason for reason in engine.plan_reasons), "both hosts said what they have"
@@ -105,11 +116,23 @@ def test_an_engine_over_two_hosts_answers_a_third(hosts: Hosts, model: Path) -> 
         assert [refusal(address) for address in addresses] == [grpc.StatusCode.UNAUTHENTICATED] * 2
 
 
+def test_the_stages_of_a_pipeline_on_two_hosts(hosts: Hosts, model: Path) -> None:
+    first, second, client = hosts
+    with serving_on(first, model, config(plan="data: 1, pipeline: 2")) as server:
+        door = door_of(server.output, first, second)
+        assert ask(client, door, KEY)["tokens"] == greedy(model)
+        engine = engine_of(door)
+        assert engine.plan == "data 1 x pipeline 2 x tensor 1"
+        assert len({rank.node for rank in engine.ranks}) == 2
+
+
 def test_a_drained_host_sends_its_clients_to_the_other(hosts: Hosts, model: Path) -> None:
     """Its door says so to health checks and closes; a stream that is open there is resumed at the other door."""
     first, second, client = hosts
     text = (
-        config(data=1).replace("cluster: {", "cluster: {engines: 2, front_doors: 2, ").replace(KEY, f"{{ops: {KEY}}}")
+        config(plan="data: 1")
+        .replace("cluster: {", "cluster: {engines: 2, front_doors: 2, ")
+        .replace(KEY, f"{{ops: {KEY}}}")
     )
     with serving_on(first, model, text.replace("security: {", "security: {administrators: [ops], ")) as server:
         status = door_status(first)
@@ -161,7 +184,7 @@ def test_a_host_without_the_model_is_named(hosts: Hosts, model: Path) -> None:
 
 
 def test_ranks_that_find_no_place_end_the_start_in_time(hosts: Hosts, model: Path) -> None:
-    told, *found = serve_in_vain(hosts[0], model, config(data=4, start_timeout_s=8))
+    told, *found = serve_in_vain(hosts[0], model, config(plan="data: 4", start_timeout_s=8))
     assert told.startswith("not ready after 8 s (cluster.start_timeout_s): engine-0 is placing")
     assert any(line.startswith("room: ranks need 4 times 1 CPU in one piece; the cluster has: host-") for line in found)
 
