@@ -28,7 +28,7 @@ from workers.model.other_config import NOTICE
 from workers.model.sharding import Shard, check_plan, place_experts, shard_parameters
 from workers.parallel.all_to_all import AllToAllDispatch
 from workers.parallel.collectives import Collectives, CurrentCollectives
-from workers.parallel.deep_ep import DeepEPDispatch, open_buffer
+from workers.parallel.deep_ep import DeepEPDispatch, open_buffer, serves
 from workers.parallel.dispatch import Dispatch, LocalDispatch, ShareDispatch
 from workers.parallel.exchange import Exchange, ProcessGroupExchange
 from workers.parallel.host_exchange import HostExchange
@@ -330,7 +330,7 @@ def _dispatch(
 def _can_use_deep_ep(settings: EngineSettings, expert: Exchange) -> bool:
     """It moves bf16 rows between GPUs; its sums depend on where experts live."""
     fits = settings.device == "cuda" and settings.dtype == "bfloat16" and not settings.deterministic
-    return fits and isinstance(expert, ProcessGroupExchange) and "DeepEP" in found()
+    return fits and isinstance(expert, ProcessGroupExchange) and "DeepEP" in found() and serves(expert.size)
 
 
 def _weight_bytes(reader: WeightReader, shard: Shard, kernels: Kernels, dtype: torch.dtype) -> int:

@@ -8,6 +8,7 @@ the ranks that it was made with. See `dispatch.py` for the seam and the shape su
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,9 @@ from workers.parallel.dispatch import ExpertRows, Meanwhile, Routing
 from workers.parallel.exchange import Exchange
 from workers.parallel.moves import group_by_expert, weighted_sum
 
-__all__ = ["DeepEPDispatch", "DeepEPHandle", "open_buffer"]
+__all__ = ["DeepEPDispatch", "DeepEPHandle", "open_buffer", "serves"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,19 @@ class DeepEPDispatch(AllToAllDispatch):
         out = ours.new_zeros(handle.num_tokens, ours.shape[-1])
         out[handle.own] = ours
         return out
+
+
+def serves(size: int) -> bool:
+    """Whether DeepEP knows how to run over so many ranks."""
+    from deep_ep import Buffer
+
+    try:
+        Buffer.get_dispatch_config(size)
+        Buffer.get_combine_config(size)
+    except AssertionError as error:  # how it refuses
+        log.warning("experts are not dispatched by DeepEP: %s", error)
+        return False
+    return True
 
 
 def open_buffer(group: Any, size: int, row_bytes: int) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from scheduler.experts import ExpertPlacement, balanced, contiguous
 from tests.unit.workers.thread_exchange import Table, ThreadExchange, on_threads
-from workers.parallel.deep_ep import DeepEPDispatch
+from workers.parallel.deep_ep import DeepEPDispatch, serves
 from workers.parallel.dispatch import ExpertRows, LocalDispatch, Routing
 
 EXPERTS, TOP_K, HIDDEN = 12, 3, 16
@@ -112,3 +114,20 @@ def test_the_sums_are_those_of_one_rank(placement: ExpertPlacement, tokens: tupl
         expected = alone.combine(_experts(rows, range(EXPERTS), weights), handle)
         found = torch.stack(combined[rank : rank + parts]).sum(dim=0)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_numbers_of_ranks_that_it_does_not_know_are_left_to_the_all_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sized:
+        """Its own table has these and some larger ones."""
+
+        @staticmethod
+        def get_dispatch_config(num_ranks: int) -> object:
+            assert num_ranks in (2, 4, 8, 16), f"Unsupported number of EP ranks: {num_ranks}"
+            return object()
+
+        get_combine_config = get_dispatch_config
+
+    module: Any = ModuleType("deep_ep")
+    module.Buffer = Sized
+    monkeypatch.setitem(sys.modules, "deep_ep", module)
+    assert [size for size in range(2, 10) if serves(size)] == [2, 4, 8]
