@@ -52,9 +52,9 @@ class _Load:
 
 
 @contextmanager
-def _under_load(served: Served) -> Iterator[_Load]:
+def _under_load(served: Served, num_streams: int = 3) -> Iterator[_Load]:
     load = _Load(served.port)
-    threads = [threading.Thread(target=load.run) for _ in range(3)]
+    threads = [threading.Thread(target=load.run) for _ in range(num_streams)]
     for thread in threads:
         thread.start()
     try:
@@ -102,6 +102,23 @@ def test_engines_come_and_go_and_no_request_fails(tmp_path: Path) -> None:
         served.interrupt()
         assert served.process.wait(timeout=60) == 0
         served.expect_nothing_left()
+
+
+def test_engines_follow_the_load(tmp_path: Path) -> None:
+    """Of three streams two wait, until there is another engine; of one none does, and it goes again."""
+    model = tiny_llama(tmp_path / "tiny", max_position_embeddings=2048)
+    limits = "least: 1, most: 2, most_waiting: 0.5, up_after_s: 0.5, down_after_s: 2.0, pause_s: 1.0"
+    with serving(model, config=f"inference: {{max_batch_size: 1}}\ncluster: {{autoscale: {{{limits}}}}}") as served:
+        with _under_load(served) as many:
+            eventually(lambda: _states(served) == ["ready", "ready"], "another engine", timeout_s=120)
+        with _under_load(served, 1) as few:
+            eventually(lambda: _states(served) == ["ready"], "it has gone", timeout_s=60)
+        assert many.errors + few.errors == []
+        assert min(many.num_done, few.num_done) > 0
+
+
+def _states(served: Served) -> list[str]:
+    return [engine.state for engine in served.status().engines]
 
 
 def _pids(served: Served, name: str) -> list[int]:
