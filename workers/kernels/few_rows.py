@@ -18,7 +18,7 @@ import torch
 
 from workers.kernels.cpu import PackedGatedLinear, PackedLinear
 from workers.kernels.quantized import Weight
-from workers.kernels.seam import GatedLinear, Linear
+from workers.kernels.seam import GatedLinear, Linear, PartialLinear
 
 __all__ = ["FewRows"]
 
@@ -57,6 +57,10 @@ class FewRows:
             return None
         layer = _FewRowsGatedLinear(self, weight)
         return layer if self._check((2, *weight.shape), layer) else None
+
+    def in_parts(self, linear: Linear) -> PartialLinear | None:
+        """See `Kernels.in_parts`."""
+        return _FewRowsParts(self, linear) if isinstance(linear, _FewRowsLinear) and linear.bare else None
 
     def experts(
         self, experts: Sequence[tuple[GatedLinear, Linear]], x: torch.Tensor, counts: Sequence[int]
@@ -119,6 +123,15 @@ class _FewRowsLinear(PackedLinear):
         self._call = few_rows.calls(weight.nbytes).linear
         self.address = int(torch.ops.mkldnn.data_ptr(self.packed))
 
+    @property
+    def bare(self) -> bool:
+        """Whether it has no bias."""
+        return self._bias is None
+
+    @property
+    def inputs(self) -> int:
+        return self._inputs
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._few(x, None) if len(x) <= self._most else super().__call__(x)
 
@@ -144,6 +157,35 @@ class _FewRowsLinear(PackedLinear):
             len(x),
             self._outputs,
             self._inputs,
+            torch.get_num_threads(),
+        )
+        return out
+
+
+class _FewRowsParts:
+    """See `PartialLinear`: the outputs' blocks lie one after the other."""
+
+    step = _BLOCK
+
+    def __init__(self, few_rows: FewRows, linear: _FewRowsLinear) -> None:
+        self.most = few_rows.most
+        self._linear = linear
+        self._call = few_rows.calls(linear.packed.nbytes).linear
+
+    def __call__(self, x: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        x = x.contiguous()
+        inputs = self._linear.inputs
+        out = x.new_empty(len(x), last - first)
+        self._call(
+            out.data_ptr(),
+            x.data_ptr(),
+            x.stride(0),
+            self._linear.address + first * inputs * x.itemsize,
+            None,
+            None,
+            len(x),
+            last - first,
+            inputs,
             torch.get_num_threads(),
         )
         return out

@@ -22,7 +22,7 @@ from workers.kernels.few_rows import FewRows
 from workers.kernels.latent import HeadProjections
 from workers.kernels.quantized import Weight
 from workers.kernels.routing import NativeMoves, NativeRouting
-from workers.kernels.seam import GatedLinear, Linear, Norm
+from workers.kernels.seam import GatedLinear, Linear, Norm, PartialLinear
 from workers.model.moe_config import GateRule
 from workers.parallel.dispatch import Routing
 from workers.step import DecodeGroup
@@ -110,6 +110,9 @@ class NativeKernels(PackedKernels):
 
     def gated_linear(self, weight: Weight, bias: torch.Tensor | None) -> GatedLinear:
         return self._few_rows.gated_linear(weight, bias) or super().gated_linear(weight, bias)
+
+    def in_parts(self, linear: Linear) -> PartialLinear | None:
+        return self._few_rows.in_parts(linear)
 
     def few_rows_experts(
         self, experts: Sequence[tuple[GatedLinear, Linear]], x: torch.Tensor, counts: Sequence[int]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from workers.cache import LayerCache
 from workers.kernels.quantized import QuantizedLinear, Weight
-from workers.kernels.seam import GatedLinear, Linear, Norm
+from workers.kernels.seam import GatedLinear, Linear, Norm, PartialLinear
 from workers.model.gate import choose_experts
 from workers.model.moe_config import GateRule
 from workers.parallel.dispatch import Routing
@@ -75,6 +75,9 @@ class ReferenceKernels:
 
     def gated_linear(self, weight: Weight, bias: torch.Tensor | None) -> GatedLinear:
         return _GatedLinear(self.linear(weight, bias))
+
+    def in_parts(self, linear: Linear) -> PartialLinear | None:
+        return None
 
     def few_rows_experts(
         self, experts: Sequence[tuple[GatedLinear, Linear]], x: torch.Tensor, counts: Sequence[int]

@@ -19,7 +19,7 @@ from workers.parallel.dispatch import Routing
 from workers.parallel.moves import RowMoves
 from workers.step import DecodeGroup
 
-__all__ = ["GatedLinear", "Kernels", "Linear", "Norm"]
+__all__ = ["GatedLinear", "Kernels", "Linear", "Norm", "PartialLinear"]
 
 
 class Linear(Protocol):
@@ -29,6 +29,17 @@ class Linear(Protocol):
 
     def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The same plus `residual` [T, out], which may be overwritten."""
+        ...
+
+
+class PartialLinear(Protocol):
+    """Some outputs of a linear layer at a time, for few rows."""
+
+    most: int  # rows
+    step: int  # parts begin and end at multiples of it
+
+    def __call__(self, x: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """Outputs `first` to `last` [T, last - first] for x [T, in]."""
         ...
 
 
@@ -75,6 +86,10 @@ class Kernels(Protocol):
 
     def gated_linear(self, weight: Weight, bias: torch.Tensor | None) -> GatedLinear:
         """`weight` [2 * inner, in] holds gate above up."""
+        ...
+
+    def in_parts(self, linear: Linear) -> PartialLinear | None:
+        """None where these kernels have no such form of that layer."""
         ...
 
     def few_rows_experts(

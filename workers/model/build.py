@@ -6,7 +6,7 @@ building needs the memory of the finished part and of one parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from workers.model.decoder import Attention, Decoder, DecoderLayer
 from workers.model.ends import Entrance, FromStage, LookUp, ToLogits, ToStage
 from workers.model.head import head
 from workers.model.mlp import GatedMLP
+from workers.model.moe import MoE
 from workers.model.parallel_linear import embedding
 from workers.model.parts import Parts, Take
 from workers.model.rope import rotary_table
 from workers.model.sharding import Shard
+from workers.model.shared_read_head import Neighbours
 from workers.parallel.collectives import Collectives
 from workers.parallel.dispatch import Dispatch
 from workers.parallel.stages import OneStage, Stages
@@ -53,18 +55,25 @@ def build_decoder(
     return Decoder(
         entrance=entrance,
         layers=layers,
-        exit_=_to_logits(parts, table) if shard.is_last else ToStage(stages),
+        exit_=_to_logits(parts, table, _neighbours(layers)) if shard.is_last else ToStage(stages),
         rotary=rotary_table(config.rope, config.head_dim, num_positions, dtype=dtype, device=device),
     )
 
 
-def _to_logits(parts: Parts, table: torch.Tensor | None) -> ToLogits:
+def _neighbours(layers: Mapping[int, DecoderLayer]) -> Neighbours | None:
+    """Those over whom the experts are spread, as they are at any time."""
+    last = [layer.mlp for layer in layers.values() if isinstance(layer.mlp, MoE)][-1:]
+    return (lambda: last[0].dispatch.neighbours) if last else None
+
+
+def _to_logits(parts: Parts, table: torch.Tensor | None, neighbours: Neighbours | None) -> ToLogits:
     """`table` is the embedding, where this stage has it."""
     config = parts.shard.config
     norm = parts.norm("norm")
     output = table if config.tie_word_embeddings and table is not None else parts.need("head")
     return ToLogits(
-        norm, head(parts.kernels, parts.kernels.linear(output, None), output, config.vocab_size, parts.tensor)
+        norm,
+        head(parts.kernels, parts.kernels.linear(output, None), output, config.vocab_size, parts.tensor, neighbours),
     )
 
 

@@ -85,6 +85,7 @@ class Decoder:
         return self._exit(x, step)
 
     def keep_step(self, nothing: torch.Tensor) -> None:
-        """Serves the experts that live here while other ranks have tokens and this one has none."""
+        """Serves other ranks, which have tokens, while this one has none."""
         for mixture in self.mixtures.values():
             mixture.keep_step(nothing)
+        self._exit.keep_step(nothing)

@@ -31,6 +31,10 @@ class Exit(Protocol):
         """Takes x [T, hidden] over; logits where this rank has them."""
         ...
 
+    def keep_step(self, nothing: torch.Tensor) -> None:
+        """Joins a step for which this rank has no tokens; `nothing` is [0, hidden]."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class LookUp:
@@ -63,6 +67,9 @@ class ToLogits:
             x = x.index_select(0, step.logit_rows)
         return self.head(self.norm(x))
 
+    def keep_step(self, nothing: torch.Tensor) -> None:
+        self.head.keep_step(nothing)
+
 
 @dataclass(frozen=True, slots=True)
 class ToStage:
@@ -71,3 +78,6 @@ class ToStage:
     def __call__(self, x: torch.Tensor, step: StepTensors) -> torch.Tensor | None:
         self.stages.send(x)
         return None
+
+    def keep_step(self, nothing: torch.Tensor) -> None:
+        """Nothing is handed on."""

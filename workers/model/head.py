@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from workers.kernels.seam import Kernels, Linear
+from workers.model.shared_read_head import Neighbours, SharedReadHead
 from workers.parallel.collectives import Collectives
 
 __all__ = ["CANDIDATES", "Head", "head"]
@@ -24,17 +25,32 @@ class Head(Protocol):
         """Logits [T, vocabulary] in fp32 at index 0 of the tensor axis; None at the others."""
         ...
 
+    def keep_step(self, nothing: torch.Tensor) -> None:
+        """Joins a step for which this rank has no tokens; `nothing` is [0, hidden]."""
+        ...
 
-def head(kernels: Kernels, linear: Linear, weight: torch.Tensor, vocab_size: int, tensor: Collectives) -> Head:
+
+def head(
+    kernels: Kernels,
+    linear: Linear,
+    weight: torch.Tensor,
+    vocab_size: int,
+    tensor: Collectives,
+    neighbours: Neighbours | None = None,
+) -> Head:
     """`linear` computes `x @ weight.T`; both hold this rank's rows, as many on each rank, and those past `vocab_size`
-    are dropped.
+    are dropped. `neighbours` are the DP groups' ranks that may read it together.
     """
     whole = _WholeHead(kernels, linear, weight)
+    if tensor.size == 1 and neighbours is not None and (parts := kernels.in_parts(linear)) is not None:
+        return SharedReadHead(whole, kernels, parts, weight, neighbours)
     return whole if tensor.size == 1 else _CutHead(whole, vocab_size, tensor)
 
 
 class _WholeHead:
     __slots__ = ("_kernels", "_linear", "_weight")
+
+    candidates = CANDIDATES
 
     def __init__(self, kernels: Kernels, linear: Linear, weight: torch.Tensor) -> None:
         self._kernels = kernels
@@ -43,6 +59,9 @@ class _WholeHead:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._kernels.refine(self._linear(x), x, self._weight, CANDIDATES)
+
+    def keep_step(self, nothing: torch.Tensor) -> None:
+        """It needs nobody."""
 
 
 class _CutHead:
@@ -56,3 +75,6 @@ class _CutHead:
     def __call__(self, x: torch.Tensor) -> torch.Tensor | None:
         logits = self._tensor.gather(self._whole(x))
         return None if logits is None else logits[:, : self._vocab_size]
+
+    def keep_step(self, nothing: torch.Tensor) -> None:
+        """Its ranks have the same tokens, or none."""

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from scheduler.experts import ExpertPlacement
-from workers.parallel.dispatch import ExpertRows, Meanwhile, Routing
+from workers.parallel.dispatch import ExpertRows, Meanwhile, Neighbourhood, Routing
 from workers.parallel.exchange import Exchange
+from workers.parallel.host_exchange import HostExchange
 from workers.parallel.moves import RowMoves, TorchMoves
 
 __all__ = ["AllToAllDispatch", "AllToAllHandle"]
@@ -80,6 +81,11 @@ class AllToAllDispatch:
     @property
     def kind(self) -> str:
         return f"all-to-all over {self._exchange.kind}"
+
+    @property
+    def neighbours(self) -> Neighbourhood | None:
+        alone = self._part[1] == 1
+        return self._exchange if alone and isinstance(self._exchange, HostExchange) else None
 
     def dispatch(
         self, x_TD: torch.Tensor, routing: Routing, meanwhile: Meanwhile | None = None

@@ -11,7 +11,7 @@ compute here, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -25,6 +25,7 @@ __all__ = [
     "LocalDispatch",
     "LocalHandle",
     "Meanwhile",
+    "Neighbourhood",
     "Routing",
     "ShareDispatch",
     "ShareHandle",
@@ -54,6 +55,22 @@ HandleT = TypeVar("HandleT")
 Meanwhile = Callable[[], object]
 
 
+class Neighbourhood(Protocol):
+    """The part of an exchange that other things than experts may use; see `Exchange`."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def index(self) -> int: ...
+
+    def counted_rows(
+        self, x: torch.Tensor, counts: torch.Tensor, meanwhile: Meanwhile | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def rows(self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor: ...
+
+
 class Dispatch(Protocol, Generic[HandleT]):
     """The seam; `handle` is opaque, frozen, and good for one `combine`.
 
@@ -63,6 +80,11 @@ class Dispatch(Protocol, Generic[HandleT]):
     @property
     def kind(self) -> str:
         """What carries the rows, in words for `shoal status`."""
+        ...
+
+    @property
+    def neighbours(self) -> Neighbourhood | None:
+        """The other ranks, where all share a host's memory and each has tokens of its own."""
         ...
 
     def dispatch(
@@ -86,6 +108,7 @@ class LocalDispatch:
     """All experts live on this rank; rows move within its memory only."""
 
     kind = "local"
+    neighbours = None
 
     def __init__(self, num_experts: int, moves: RowMoves | None = None) -> None:
         self._num_experts = num_experts
@@ -119,6 +142,7 @@ class ShareDispatch:
     """
 
     kind = "none (each rank's own experts)"
+    neighbours = None
 
     def __init__(
         self, num_experts: int, held: tuple[int, ...], device: torch.device, moves: RowMoves | None = None
