@@ -7,6 +7,7 @@ Whatever is longer goes on in Python from where they say so.
 from __future__ import annotations
 
 import ctypes
+import os
 from array import array
 from collections.abc import Mapping
 from functools import cache
@@ -21,8 +22,9 @@ __all__ = ["ShortWay", "short_way"]
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _LONG, _SIZE = 1, 6
 _TROUBLES = {2: "has gone", 3: "is of another generation", 4: "is out of turn"}
-# A rank that waits looks again and again for so long, giving its core to whoever wants it, before it sleeps.
-_SPIN_S = 1e-3
+# A rank that waits looks again and again for so long, giving its core to whoever wants it, before it sleeps; less long
+# where others of its exchange need that core.
+_SPIN_S, _CROWDED_SPIN_S = 1e-3, 50e-6
 
 
 @cache
@@ -56,6 +58,7 @@ class ShortWay:
         self._links = links
         self._size = len(links) + 1
         self._timeout_s = timeout_s
+        self._spin_s = _SPIN_S if self._size <= len(os.sched_getaffinity(0)) else _CROWDED_SPIN_S
         # Where the links' states lie; null for this rank.
         self._states = array("q", [links[rank].address if rank in links else 0 for rank in range(self._size)])
         self._at = self._states.buffer_info()[0]
@@ -75,7 +78,7 @@ class ShortWay:
         False where some send more than one: the first ones can be taken from the links then.
         """
         n = arrived.shape[1] if arrived.dim() == 2 else 1
-        state = self._hear(self._at, self._size, arrived.data_ptr(), n, told, _SPIN_S, self._timeout_s)
+        state = self._hear(self._at, self._size, arrived.data_ptr(), n, told, self._spin_s, self._timeout_s)
         if self._went_short(state):
             return True
         for link in self._links.values():
