@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from scheduler.experts import ExpertPlacement
 from workers.cache import CacheSize, KVCache, show_size, size_cache
 from workers.graphs import CudaCapture
 from workers.kernels.libraries import found
@@ -31,7 +30,6 @@ from workers.parallel.collectives import Collectives, CurrentCollectives
 from workers.parallel.deep_ep import DeepEPDispatch, open_buffer, serves
 from workers.parallel.dispatch import Dispatch, LocalDispatch, ShareDispatch
 from workers.parallel.exchange import Exchange, ProcessGroupExchange
-from workers.parallel.host_exchange import HostExchange
 from workers.parallel.moves import RowMoves
 from workers.parallel.plan import RankPlace
 from workers.parallel.stages import OneStage, Stages
@@ -75,7 +73,7 @@ def assemble(
     if not config.native:
         return _adopt(settings, config, tensor, progress, started_s)
     stages = stages or OneStage()
-    blueprint = _plan(settings, config, place, expert)
+    blueprint = _plan(settings, config, place)
     dispatch = _dispatch(blueprint.shard, settings, expert, blueprint.device, blueprint.kernels.moves)
     built = _build(blueprint, settings, tensor, stages, dispatch, progress)
     dtype, device = blueprint.dtype, blueprint.device
@@ -137,7 +135,7 @@ class _Built:
     bytes_read: int
 
 
-def _plan(settings: EngineSettings, config: ModelConfig, place: RankPlace, expert: Exchange | None) -> _Blueprint:
+def _plan(settings: EngineSettings, config: ModelConfig, place: RankPlace) -> _Blueprint:
     folder = Path(settings.model_path)
     dtype, device = _DTYPES[settings.dtype], torch.device(settings.device)
     index = read_index(folder)
@@ -145,7 +143,7 @@ def _plan(settings: EngineSettings, config: ModelConfig, place: RankPlace, exper
     return _Blueprint(
         folder=folder,
         index=index,
-        shard=_shard(config, place, settings, expert, has_fused_experts(index)),
+        shard=_shard(config, place, settings, has_fused_experts(index)),
         kernels=select_kernels(device, dtype, deterministic=settings.deterministic),
         dtype=dtype,
         device=device,
@@ -292,18 +290,12 @@ def _check_adopted(settings: EngineSettings, config: ModelConfig) -> None:
         raise ValueError(f"inference.deterministic must be false for a {config.model_type} model, which {NOTICE}")
 
 
-def _placement(num_experts: int, settings: EngineSettings, expert: Exchange | None) -> ExpertPlacement:
-    return place_experts(num_experts, settings.plan, one_host=isinstance(expert, HostExchange))
-
-
-def _shard(
-    config: ModelConfig, place: RankPlace, settings: EngineSettings, expert: Exchange | None, fused_experts: bool
-) -> Shard:
+def _shard(config: ModelConfig, place: RankPlace, settings: EngineSettings, fused_experts: bool) -> Shard:
     """The rank's part of the model."""
     plan = settings.plan
     held: tuple[int, ...] = ()
     if config.moe is not None:
-        held = _placement(config.moe.gate.num_experts, settings, expert).slots[place.expert_index]
+        held = place_experts(config.moe.gate.num_experts, plan).slots[place.expert_index]
     layers = split_layers(config, plan.pipeline)[place.stage]
     return Shard(config, place.tensor_index, plan.tensor, held, fused_experts, layers)
 
@@ -316,7 +308,7 @@ def _dispatch(
         return None
     num_experts = shard.config.moe.gate.num_experts
     if expert is not None:
-        placement = _placement(num_experts, settings, expert)
+        placement = place_experts(num_experts, settings.plan)
         if _can_use_deep_ep(settings, expert):
             assert isinstance(expert, ProcessGroupExchange)
             buffer = open_buffer(expert.group, expert.size, shard.config.hidden_size * 2)

@@ -15,11 +15,9 @@ from workers.parallel.plan import ParallelPlan
 __all__ = ["expert_parameters", "moe_parameters", "place_experts"]
 
 
-def place_experts(num_experts: int, plan: ParallelPlan, *, one_host: bool = False) -> ExpertPlacement:
-    """Where the routed experts begin, redundant ones spread as if all were loaded alike.
-
-    Without any, neighbours are together, which a gate that keeps to some groups of them has less traffic by; on
-    `one_host`, where rows are cheap, they are apart, which evens out such a gate's load.
+def place_experts(num_experts: int, plan: ParallelPlan) -> ExpertPlacement:
+    """Where the routed experts begin: over DP groups neighbours are apart, which evens out the load of a gate that
+    keeps to some groups of them. Redundant ones are spread as if all were loaded alike.
 
     Raises ValueError naming the axis where the plan cannot be met.
     """
@@ -29,7 +27,7 @@ def place_experts(num_experts: int, plan: ParallelPlan, *, one_host: bool = Fals
             f"({num_experts}); data {max(1, num_experts // plan.tensor)} or less would work"
         )
     if not plan.redundant_experts:
-        return (striped if one_host and plan.data > 1 else contiguous)(num_experts, plan.expert)
+        return (striped if plan.data > 1 else contiguous)(num_experts, plan.expert)
     if plan.data == 1:
         raise ValueError(
             "parallel.redundant_experts must be 0 where parallel.data is 1: no other group could take over"
