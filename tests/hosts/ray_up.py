@@ -20,7 +20,7 @@ API_KEY = "a-key-for-tests"
 _PORT, _HTTP_PORT = 19000, 18000
 
 
-def config(*, data: int, threads: int, start_timeout_s: int = 120) -> str:
+def config(*, data: int, threads: int, start_timeout_s: int = 180) -> str:
     """With as many threads a rank as a host has cores, no host has room for two."""
     doors = f"host: 0.0.0.0, port: {_PORT}, http_port: {_HTTP_PORT}, start_timeout_s: {start_timeout_s}"
     return f"""
