@@ -40,7 +40,7 @@ async def _load(means: Means, members: Members, on_progress: Callable[[float], N
             counts = (await ask_all(ranks, lambda rank: rank.load_progress(), pace.start_timeout_s)).values()
             whole = sum(total for _, total in counts)
             on_progress(sum(done for done, _ in counts) / whole if whole else 0.0)
+        await loading
     finally:
-        if not loading.done():
-            loading.cancel()
-    await loading
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
