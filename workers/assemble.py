@@ -213,17 +213,25 @@ def _adopt(
     progress: Progress | None,
     started_s: float,
 ) -> Runner:
-    """A model that we have no code for, through transformers. Each rank reads it whole before it keeps its part."""
+    """A model that we have no code for, through transformers."""
     from workers.autotp.load import load_adopted  # imports transformers: seconds, for those who need it
 
     dtype, device, folder = _DTYPES[settings.dtype], torch.device(settings.device), Path(settings.model_path)
     entries = read_index(folder).values()
     total = sum(entry.size_bytes for entry in entries)
     whole = sum(math.prod(entry.shape) * dtype.itemsize for entry in entries)
-    _check_weights_fit(settings, whole, torch.device("cpu") if tensor.size > 1 else device)
+    _check_weights_fit(settings, whole // tensor.size, device)  # at least: what is not cut is known later
     if progress is not None:
         progress(0, total)
-    adopted = load_adopted(folder, config, tensor, max_model_len=settings.max_model_len, dtype=dtype, device=device)
+    adopted = load_adopted(
+        folder,
+        config,
+        tensor,
+        max_model_len=settings.max_model_len,
+        dtype=dtype,
+        device=device,
+        settle_s=(settings.step_timeout_s, settings.load_timeout_s),
+    )
     if progress is not None:
         progress(total, total)
     cache = _cache(settings, adopted.model, adopted.weight_bytes, tensor, OneStage(), dtype, device)
@@ -238,7 +246,7 @@ def _adopt(
         cache_bytes=cache.num_blocks * cache.block_size * sum(adopted.model.cache_rows) * dtype.itemsize,
         num_blocks=cache.num_blocks,
         block_size=cache.block_size,
-        bytes_read=total,
+        bytes_read=adopted.bytes_read,
         load_s=time.monotonic() - started_s,
     )
     return Runner(adopted.model, cache, model_config=config, report=report, dtype=dtype, device=device)

@@ -42,8 +42,20 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
 
 
 @pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In fp32, and so large that memory shows: most of it in what AutoTP cuts."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("wide")
+    sizes = {"vocab_size": 203, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 128}
+    write_checkpoint(folder, transformers.MistralConfig(**sizes, **heads, sliding_window=None))
+    return folder
+
+
+@pytest.fixture(scope="module")
 def answers(
-    checkpoints: dict[str, tuple[Path, Any]], tmp_path_factory: pytest.TempPathFactory
+    checkpoints: dict[str, tuple[Path, Any]], wide: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, dict[str, Any]]]:
     """What each rank said of each model."""
     settings = settings_for(
@@ -52,7 +64,7 @@ def answers(
     path = tmp_path_factory.mktemp("settings") / "settings.json"
     path.write_text(json.dumps(dataclasses.asdict(settings)))
     store = host_store(HOST)
-    folders = [str(folder) for folder, _ in checkpoints.values()]
+    folders = [*(str(folder) for folder, _ in checkpoints.values()), f"{wide}=bfloat16"]
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.integration.autotp_process", str(path), str(rank), str(store.port), *folders],
@@ -71,7 +83,19 @@ def answers(
     for process, (_, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors
     said = [[json.loads(line) for line in output.splitlines() if line.startswith("{")] for output, _ in outputs]
-    return [dict(zip(checkpoints, lines, strict=True)) for lines in said]
+    return [dict(zip([*checkpoints, "wide"], lines, strict=True)) for lines in said]
+
+
+def test_a_rank_holds_its_part_alone(answers: list[dict[str, dict[str, Any]]], wide: Path) -> None:
+    whole = (wide / "model.safetensors").stat().st_size
+    first, second = (answer["wide"] for answer in answers)
+    slack = 16 << 20  # what a first pass leaves behind, and malloc's own
+    for report in (first, second):
+        assert whole * 0.22 < report["weight_bytes"] < whole * 0.3, "half of it, in half the bytes"
+        assert report["read_bytes"] < slack, "mapped, not read"
+        assert report["loaded_bytes"] < report["weight_bytes"] + slack < whole * 0.5
+    assert first["bytes_read"] > whole * 0.99
+    assert second["bytes_read"] == 2 * second["weight_bytes"]
 
 
 @pytest.mark.parametrize("case", CUT)

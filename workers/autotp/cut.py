@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from workers.parallel.collectives import Collectives, ProcessGroupCollectives
 
@@ -59,10 +61,11 @@ class _Unit:
         return self._group
 
 
-def cut(model: Any, tensor: Collectives, dtype: torch.dtype) -> None:
+def cut(model: Any, tensor: Collectives, dtype: torch.dtype, settle_s: tuple[float, float] = (3.0, 1800.0)) -> None:
     """Leaves this rank's part in `model`, which must be whole. All ranks of the engine must call it together.
 
-    Raises ValueError where AutoTP does not know how.
+    Each reads its part meanwhile, and DeepSpeed has them meet at the end: under the second timeout of `settle_s`, in
+    place of the group's own, which is the first. Raises ValueError where AutoTP does not know how.
     """
     assert isinstance(tensor, ProcessGroupCollectives)
     import deepspeed
@@ -70,6 +73,8 @@ def cut(model: Any, tensor: Collectives, dtype: torch.dtype) -> None:
     # It takes the size from the one and the group from the other.
     group = {"mpu": _Unit(tensor.step_group), "tp_group": tensor.step_group}
     printed = io.StringIO()
+    step_s, load_s = (timedelta(seconds=seconds) for seconds in settle_s)
+    _set_pg_timeout(load_s, tensor.step_group)
     try:
         with contextlib.redirect_stdout(printed):
             deepspeed.init_inference(
@@ -80,6 +85,8 @@ def cut(model: Any, tensor: Collectives, dtype: torch.dtype) -> None:
             )
     except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
+    finally:
+        _set_pg_timeout(step_s, tensor.step_group)
     log.debug("%s", printed.getvalue().strip())
     _take_the_sums(model, tensor)
 

@@ -23,7 +23,7 @@ _ROUNDED_TOLERANCE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """`logits` [len(token_ids), vocabulary] in fp32, for every token."""
+    """`logits` [len(token_ids), vocabulary] in fp32, for every token; none where nothing is compared."""
 
     token_ids: tuple[int, ...]
     logits: torch.Tensor
