@@ -95,7 +95,8 @@ def test_a_rank_holds_its_part_alone(answers: list[dict[str, dict[str, Any]]], w
         assert report["read_bytes"] < slack, "mapped, not read"
         assert report["loaded_bytes"] < report["weight_bytes"] + slack < whole * 0.5
     assert first["bytes_read"] > whole * 0.99
-    assert second["bytes_read"] == 2 * second["weight_bytes"]
+    angles = 2 * second["weight_bytes"] - second["bytes_read"]  # are no weights, and stay in fp32
+    assert 0 <= angles < 4096
 
 
 @pytest.mark.parametrize("case", CUT)
