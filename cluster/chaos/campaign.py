@@ -146,7 +146,8 @@ class _Faults:
         self.hits.append(hit)
         task = asyncio.create_task(self._heal(hit, harm, len(self.hits)))
         self._healing[task] = harm.gone
-        if self._rng.random() < self._campaign.plan.overlap:
+        # While a host is down, who is left is not known well enough to spare somebody.
+        if fault.role != "host" and self._rng.random() < self._campaign.plan.overlap:
             await asyncio.sleep(self._rng.uniform(*_OVERLAP_GAP_S))
             await self._raise_failed()
         else:
