@@ -27,12 +27,13 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineReport:
-    """What a leader says of its engine. `groups` is empty unless the engine takes requests."""
+    """What a leader says of its engine. `groups` is empty unless the engine takes requests, and None while a new leader
+    has yet to see which of those before it go on."""
 
     engine: str
     leader: str
     version: str = ""
-    groups: tuple[GroupAddress, ...] = ()
+    groups: tuple[GroupAddress, ...] | None = ()
     status: admin_pb2.EngineStatus = field(default_factory=admin_pb2.EngineStatus)
     progress: float = 0.0  # of loading, 0 to 1
     error: str = ""  # what went wrong last, in one line
@@ -106,8 +107,9 @@ class _Engine:
 class Roster:
     """The bookkeeping alone: no clock of its own, no tasks, no Ray.
 
-    A lease that is not renewed for `lease_s` is over: its groups leave the snapshot, its engine may be claimed by
-    another leader, and what nobody claimed for another `reap_after_s` is handed out by `take_abandoned`. A roster
+    A lease that is not renewed for `lease_s` is over: its engine may be claimed by another leader, and what nobody
+    claimed for another `reap_after_s` is handed out by `take_abandoned`. Until then its groups stay in the snapshot,
+    because ranks outlive their leader: front doors see for themselves who answers. A roster
     that was restarted passes `settle_s`: until then nothing is claimed that may have a leader who has yet to report;
     and the `decisions` of the one before.
     """
@@ -142,8 +144,9 @@ class Roster:
         unknown = [name for name in engines if name not in self._engines]
         for name in (*orphans, *unknown):
             unheard = admin_pb2.EngineStatus(name=name, state=EngineState.CLAIMING)
-            known = self._engines[name].report.status if name in self._engines else unheard
-            report = EngineReport(engine=name, leader=leader, status=known)
+            known = self._engines[name].report if name in self._engines else EngineReport(engine=name, leader="")
+            status = known.status if known.leader else unheard
+            report = EngineReport(engine=name, leader=leader, status=status, groups=known.groups, lost=known.lost)
             self._engines[name] = _Engine(report, self._clock())
             self._refresh()
             return _claim(report)
@@ -154,6 +157,8 @@ class Roster:
         engine = self._engines.get(report.engine)
         if engine is not None and engine.report.leader != report.leader and self._alive(engine):
             return False
+        if report.groups is None:
+            report = replace(report, groups=engine.report.groups if engine is not None else ())
         self._engines[report.engine] = _Engine(report, self._clock())
         self._refresh()
         return True
@@ -228,8 +233,9 @@ class Roster:
 
     def _refresh(self) -> None:
         leaving = {key for key, _ in self.decisions.leaving}
-        groups = tuple(group for report in self.engines() for group in report.groups if group.key not in leaving)
-        lost = tuple(address for report in self.engines() for address in report.lost)
+        reports = [engine.report for _, engine in sorted(self._engines.items())]
+        groups = tuple(group for report in reports for group in report.groups or () if group.key not in leaving)
+        lost = tuple(address for report in reports for address in report.lost)
         if (groups, lost) != (self._snapshot.groups, self._snapshot.lost):
             self._set(groups=groups, lost=lost)
 

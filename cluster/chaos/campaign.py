@@ -68,10 +68,10 @@ async def run(
     if campaign.verify:
         tell(f"asking {len(campaign.works)} requests undisturbed")
         try:
-            expected = await reference(doors.connect, campaign.works, doors.metadata)
+            expected = await reference(doors.turns(), campaign.works, doors.metadata)
         except RuntimeError as error:
             raise ChaosError(str(error)) from None
-    load = Load(doors.connect, campaign.works, num_streams=campaign.num_streams, metadata=doors.metadata)
+    load = Load(doors.turns, campaign.works, num_streams=campaign.num_streams, metadata=doors.metadata)
     began_s = time.monotonic()
     running = asyncio.create_task(load.run())
     faults = _Faults(campaign, doors, injector(doors), before, tell)

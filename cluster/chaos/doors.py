@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc
 
@@ -44,7 +44,14 @@ class Doors:
 
     def connect(self) -> grpc.aio.Channel:
         """To the next one; never a connection that is open already."""
-        address = next(self._turns)
+        return self._open(next(self._turns))
+
+    def turns(self) -> Callable[[], grpc.aio.Channel]:
+        """The same for one client, in turns of its own: clients that share theirs keep each other from the living."""
+        addresses = itertools.cycle(self.addresses)
+        return lambda: self._open(next(addresses))
+
+    def _open(self, address: str) -> grpc.aio.Channel:
         if self._credentials is None:
             return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         return grpc.aio.secure_channel(address, self._credentials, options=CHANNEL_OPTIONS)

@@ -106,19 +106,20 @@ async def reference(connect: Connect, works: Sequence[Work], metadata: Metadata)
 class Load:
     """`num_streams` requests at any time, one after the other on each, until `stop`; then all are finished.
 
-    `patience_s` is how long a client goes on trying to resume a stream that broke; with 0 it does not.
+    `turns` gives each stream its way to open channels. `patience_s` is how long a client goes on trying to resume a
+    stream that broke; with 0 it does not.
     """
 
     def __init__(
         self,
-        connect: Connect,
+        turns: Callable[[], Connect],
         works: Sequence[Work],
         *,
         num_streams: int,
         metadata: Metadata = (),
         patience_s: float = 60.0,
     ) -> None:
-        self._connect = connect
+        self._turns = turns
         self._works = works
         self._num_streams = num_streams
         self._metadata = metadata
@@ -137,11 +138,12 @@ class Load:
         self._stopped = True
 
     async def _one_after_the_other(self) -> None:
+        connect = self._turns()
         while not self._stopped:
             work = self._works[self._next % len(self._works)]
             self._next += 1
             record = StreamRecord(work, time.monotonic())
             self.records.append(record)
-            await run_one(self._connect, work, record, self._metadata, self._patience_s)
+            await run_one(connect, work, record, self._metadata, self._patience_s)
             if record.error:
                 await asyncio.sleep(0.2)  # a server that refuses at once is not to be asked in a tight loop

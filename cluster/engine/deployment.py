@@ -95,13 +95,14 @@ class Engine:
     async def _report(self, leader: Leader, engine: str) -> None:
         while True:
             self._changed.clear()
+            groups = tuple(replace(group, version=self._spec.version) for group in leader.groups())
             report = EngineReport(
                 engine=engine,
                 leader=self._id,
                 version=self._spec.version,
                 pid=os.getpid(),
                 node=self._spec.rank_host or ray.util.get_node_ip_address(),
-                groups=tuple(replace(group, version=self._spec.version) for group in leader.groups()),
+                groups=groups if leader.has_looked else None,
                 status=leader.status(),
                 progress=leader.progress,
                 error=leader.error,

@@ -59,6 +59,7 @@ class Leader:
         self._members = Members(plan=settings.plan)
         self._statuses: Sequence[RankStatus] = ()
         self._experts = Balancing(self._means, self._members)
+        self.has_looked = False  # at what an earlier leader left: until then nobody knows which groups go on
         self._as_it_was = False  # an earlier leader's engine, taken over while it serves
         self._waits = False  # for ranks without which nobody can go on
         self._history = History()
@@ -157,6 +158,7 @@ class Leader:
     async def _adopt(self) -> bool:
         """Takes over what lives of the ranks of an earlier leader."""
         found = await adopt(self._means, regroups=self._regroups)
+        self.has_looked = True
         if found is None:
             return False
         self._members, self._statuses, self.generation = found.members, found.statuses, found.generation

@@ -201,7 +201,7 @@ async def run(
 
     some = works(8, 120, seed=1)
     expected = await reference(connect, some, ())
-    load = Load(connect, some, num_streams=num_streams, patience_s=0.0)
+    load = Load(lambda: connect, some, num_streams=num_streams, patience_s=0.0)
     running = asyncio.create_task(load.run())
     lag = _Lag()
     done = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.front_door.groups import GroupAddress
 from cluster.roster import Claim, Decisions, EngineReport, FrontDoorReport, Roster
@@ -44,7 +44,7 @@ def test_each_leader_gets_an_engine_of_its_own() -> None:
 
 
 def test_groups_come_and_go_with_reports() -> None:
-    roster, clock = make()
+    roster, _ = make()
     roster.claim("a", ENGINES)
     before = roster.snapshot()
     assert roster.report_engine(report("engine-0", "a", group("engine-0")))
@@ -53,10 +53,33 @@ def test_groups_come_and_go_with_reports() -> None:
     assert after.version > before.version
     assert roster.report_engine(report("engine-0", "a", group("engine-0")))
     assert roster.snapshot().version == after.version, "nothing new"
-    clock.now_s += LEASE_S
+    assert roster.report_engine(report("engine-0", "a"))
     assert roster.snapshot().groups == ()
     assert roster.snapshot().version > after.version
+
+
+def test_groups_outlive_their_leader_until_the_next_one_knows_better() -> None:
+    roster, clock = make()
+    roster.claim("a", ENGINES)
+    roster.report_engine(replace(report("engine-0", "a", group("engine-0")), lost=("h:9",)))
+    before = roster.snapshot()
+    clock.now_s += LEASE_S
     assert roster.engines() == ()
+    assert roster.claim("b", ENGINES) == Claim("engine-0", 1)
+    assert roster.report_engine(replace(report("engine-0", "b"), groups=None, lost=("h:9",)))
+    assert roster.snapshot() == before, "front doors noticed nothing"
+    assert roster.report_engine(report("engine-0", "b", group("engine-0", 2)))
+    assert roster.snapshot().groups == (group("engine-0", 2),)
+
+
+def test_groups_without_a_leader_go_when_their_engine_is_taken_down() -> None:
+    roster, clock = make()
+    roster.claim("a", ENGINES)
+    roster.report_engine(report("engine-0", "a", group("engine-0")))
+    clock.now_s += LEASE_S + REAP_S
+    assert roster.snapshot().groups == (group("engine-0"),)
+    assert roster.take_abandoned() == ("engine-0",)
+    assert roster.snapshot().groups == ()
 
 
 def test_an_orphan_is_claimed_first_and_with_its_generation() -> None:
