@@ -2,7 +2,8 @@
 
     python -m tests.integration.rank_process SETTINGS.json RANK SECRET
 
-reads one JSON call per line (`{"method": ..., "arguments": [...]}`) and answers one JSON line per call.
+reads one JSON call per line (`{"number": ..., "method": ..., "arguments": [...]}`) and answers one JSON line per call,
+in the order in which they end.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -47,28 +50,59 @@ class RankProcess:
                 cwd=_ROOT,
                 text=True,
             )
+        self._writing = threading.Lock()
+        self._numbers = count()
+        self._answers: dict[int, Future[Any]] = {}
+        self._gone = False
+        self._reader = threading.Thread(target=self._read, name=f"answers of rank {rank}", daemon=True)
+        self._reader.start()
 
     def call(self, method: str, *arguments: object) -> Any:
         """Raises RuntimeError with what the rank raised."""
+        return self.begin(method, *arguments).result()
+
+    def begin(self, method: str, *arguments: object) -> Future[Any]:
+        """The same, beside other calls. From any thread."""
         assert self.process.stdin is not None
+        answer: Future[Any] = Future()
+        answer.set_running_or_notify_cancel()  # it comes, whoever still waits for it
+        with self._writing:
+            if self._gone:
+                answer.set_exception(RuntimeError("the rank has died"))
+                return answer
+            number = next(self._numbers)
+            self._answers[number] = answer
+            with suppress(BrokenPipeError):  # which its answers' end tells
+                self.process.stdin.write(
+                    json.dumps({"number": number, "method": method, "arguments": arguments}) + "\n"
+                )
+                self.process.stdin.flush()
+        return answer
+
+    def _read(self) -> None:
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"method": method, "arguments": arguments}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the rank has died:\n{self.log_path.read_text()}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer["value"]
+        for line in self.process.stdout:
+            told = json.loads(line)
+            answer = self._answers.pop(told["number"])
+            if "error" in told:
+                answer.set_exception(RuntimeError(told["error"]))
+            else:
+                answer.set_result(told["value"])
+        with self._writing:
+            self._gone = True
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(RuntimeError(f"the rank has died:\n{self.log_path.read_text()}"))
 
     def end(self) -> None:
         """Kills what is left of it."""
         self.process.kill()
         self.process.wait()
+        self._reader.join()
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None
-            stream.close()
+            with suppress(BrokenPipeError):  # what it did not read is lost with it
+                stream.close()
 
 
 class Engine:
@@ -192,19 +226,26 @@ def _serve(settings_path: str, number: str, secret: str) -> None:
     scheduling = SchedulingSettings(**values["scheduling"])
     settings = EngineSettings(**{**values, "plan": ParallelPlan(**values["plan"]), "scheduling": scheduling})
     rank = Rank(int(number), settings, secret.encode())
-    for line in sys.stdin:
-        call = json.loads(line)
+    writing = threading.Lock()
+
+    def answer(call: dict[str, Any]) -> None:
         arguments: Sequence[Any] = call["arguments"]
+        if call["method"] == "out_of_reach":
+            arguments = [[RankAddress(**address) for address in arguments[0]], *arguments[1:]]
         if call["method"] in ("join", "regroup"):
             arguments = [*arguments[:3], [RankAddress(**address) for address in arguments[3]], *arguments[4:]]
         try:
             value = getattr(rank, call["method"])(*arguments)
             is_value = dataclasses.is_dataclass(value) and not isinstance(value, type)
-            answer = {"value": dataclasses.asdict(value) if is_value else value}
+            told = {"value": dataclasses.asdict(value) if is_value else value}
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+            told = {"error": f"{type(error).__name__}: {error}"}
+        with writing:
+            answers.write(json.dumps({"number": call["number"], **told}) + "\n")
+            answers.flush()
+
+    for line in sys.stdin:
+        threading.Thread(target=answer, args=(json.loads(line),), daemon=True).start()
 
 
 if __name__ == "__main__":

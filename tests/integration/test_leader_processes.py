@@ -1,0 +1,155 @@
+"""A leader over rank processes, which die and freeze at the awkward moments: it serves in the end, and every stream of
+a load that goes on meanwhile is the undisturbed one, bit for bit."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from cluster.engine.leader import Leader, Pace
+from cluster.engine.states import EngineState
+from protos.shoal.v1 import session_pb2
+from tests.checkpoints import tiny_deepseek
+from tests.integration.front_door_stream import FrontDoorStream, sampling
+from tests.integration.led_ranks import ProcessRank, ProcessRanks
+from tests.integration.rank_process import small_settings
+from workers.parallel.groups import host_store
+from workers.parallel.plan import ParallelPlan
+
+pytestmark = pytest.mark.timeout(240)
+
+PROMPTS = [[1, 5 + number, *range(40, 40 + 7 * number)] for number in range(6)]
+NUM_TOKENS = 200
+
+
+class Case:
+    """The leader, its ranks, and what changes in them."""
+
+    def __init__(self, leader: Leader, ranks: ProcessRanks) -> None:
+        self.leader = leader
+        self.ranks = ranks
+        self.changed = asyncio.Condition()
+        self.generations: list[int] = []
+
+    async def note(self) -> None:
+        async with self.changed:
+            self.generations.append(self.leader.generation)
+            self.changed.notify_all()
+
+    async def until(self, holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+        async with asyncio.timeout(timeout_s), self.changed:
+            await self.changed.wait_for(holds)
+
+    async def until_whole(self, behind: int = 0) -> None:
+        size = self.leader._settings.plan.data
+        await self.until(
+            lambda: (
+                self.leader.state is EngineState.READY
+                and self.leader.generation > behind
+                and len(self.leader.groups()) == size
+            )
+        )
+
+    async def answers(self) -> list[list[int]]:
+        """Every prompt's tokens, whatever happens meanwhile: what a group loses is asked of another one."""
+        return list(await asyncio.gather(*(self._answer(number) for number in range(len(PROMPTS)))))
+
+    async def _answer(self, number: int) -> list[int]:
+        tokens: list[int] = []
+        params = sampling(NUM_TOKENS, temperature=float(number % 2), seed=number)
+        while True:
+            await self.until(lambda: bool(self.leader.groups()))
+            groups = self.leader.groups()
+            group = groups[number % len(groups)]
+            try:
+                async with FrontDoorStream(f"{group.host}:{group.port}") as stream:
+                    await stream.submit(number, PROMPTS[number], params, output_token_ids=tokens)
+                    while not (stream.ended or number in stream.finishes):
+                        if group.key not in {one.key for one in self.leader.groups()}:
+                            break  # given up by the leader, though a frozen process keeps its connections
+                        await asyncio.sleep(0.05)
+                    tokens = list(stream.tokens[number])
+                    if stream.finishes.get(number) == session_pb2.FINISH_LENGTH:
+                        return tokens
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the latter of a call that ended before
+                await asyncio.sleep(0.05)  # it has gone, and the leader has not heard of it yet
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_deepseek(tmp_path_factory.mktemp("model"))
+
+
+@asynccontextmanager
+async def leading(folder: Path, model: Path) -> AsyncIterator[Case]:
+    settings = small_settings(model, step_timeout_s=2.0, plan=ParallelPlan(data=3), deterministic=True)
+    ranks = ProcessRanks(folder, settings)
+    loop = asyncio.get_running_loop()
+    notes: set[asyncio.Task[None]] = set()
+
+    def note() -> None:
+        task = loop.create_task(case.note())
+        notes.add(task)
+        task.add_done_callback(notes.discard)
+
+    pace = Pace(first_backoff_s=0.1, call_timeout_s=10.0)
+    leader = Leader(settings, ranks, host_store, note, pace=pace)
+    case = Case(leader, ranks)
+    running = asyncio.create_task(leader.run())
+    try:
+        yield case
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await ranks.clear()
+        assert case.generations == sorted(case.generations), "a generation never falls"
+
+
+def at(ranks: ProcessRanks, number: int, method: str, act: Callable[[], None]) -> asyncio.Event:
+    """Does it once, just before the leader asks that of the rank."""
+    done = asyncio.Event()
+
+    def before(rank: ProcessRank, asked: str) -> None:
+        if not done.is_set() and (rank.number, asked) == (number, method):
+            done.set()
+            act()
+
+    ranks.before = before
+    return done
+
+
+async def test_faults_at_the_awkward_moments(model: Path, tmp_path: Path) -> None:
+    async with leading(tmp_path, model) as case:
+        leader, ranks = case.leader, case.ranks
+        loading = at(ranks, 1, "load", lambda: ranks.kill(1))
+        await case.until_whole(1)
+        assert loading.is_set()
+        assert ranks.num_sets == 2, "without ranks to go on with, all start again"
+        expected = await case.answers()
+
+        for number, method, how in (
+            (0, "regroup", signal.SIGKILL),  # during the regroup itself: two are lost, one goes on
+            (1, "interrupt", signal.SIGSTOP),  # frozen in it
+            (2, "load", signal.SIGKILL),  # the one that comes back is lost again on its way
+            (2, "start", signal.SIGKILL),  # the one that comes back, at the last moment
+        ):
+            generation = leader.generation
+            hit = at(ranks, number, method, lambda number=number, how=how: ranks.kill(number, how))  # type: ignore[misc]
+            running = asyncio.create_task(case.answers())
+            ranks.kill(2)
+            assert await running == expected, (number, method)
+            await case.until_whole(generation + 1)
+            assert hit.is_set()
+        generation = leader.generation
+        running = asyncio.create_task(case.answers())
+        ranks.kill(0)
+        ranks.kill(1)
+        assert await running == expected, "two at once"
+        await case.until_whole(generation + 1)
+        assert ranks.num_sets == 2, "nobody started all ranks again"
