@@ -20,6 +20,7 @@ __all__ = ["BuildError", "build", "library_path", "main"]
 _SOURCES = tuple(
     Path(__file__).with_name(f"{name}.cpp") for name in ("native", "few_rows", "latent", "routing", "host_exchange")
 )
+_HEADERS = (Path(__file__).with_name("bfloat.h"),)
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-Wall", "-Wextra")
 _COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_S = 120.0
@@ -31,7 +32,7 @@ class BuildError(RuntimeError):
 
 def library_path() -> Path:
     """Where the compiled kernels are, or would be: beside the environment, a file for each text and processor."""
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in (*_SOURCES, *_HEADERS)))
     digest.update("\0".join((instruction_sets(), *_FLAGS)).encode())
     return Path(sys.prefix) / "share" / "shoal" / f"kernels-{digest.hexdigest()[:16]}.so"
 

@@ -17,6 +17,8 @@
 #include <unistd.h>
 #endif
 
+#include "bfloat.h"
+
 namespace {
 
 constexpr int64_t kBlock = 32;
@@ -108,13 +110,6 @@ void any_block(const uint16_t* w, const uint16_t* x, int64_t x_row, int64_t rows
     case 7: return block<7>(w, x, x_row, depth, sums);
     default: return block<8>(w, x, x_row, depth, sums);
   }
-}
-
-inline float widen(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof y);
-  return y;
 }
 
 inline void narrow(uint16_t* to, const float* from) {

@@ -10,20 +10,9 @@
 #include <immintrin.h>
 #endif
 
+#include "bfloat.h"
+
 namespace {
-
-inline float widen(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof y);
-  return y;
-}
-
-inline uint16_t narrow(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 #ifdef __AVX512BF16__
 constexpr int64_t kLanes = 32;  // bf16 values in a register

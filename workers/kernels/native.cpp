@@ -14,25 +14,13 @@
 #include <immintrin.h>
 #endif
 
+#include "bfloat.h"
+
 namespace {
 
 constexpr int64_t kChunk = 256;  // cached tokens that one task attends to; fixed, so that sums do not depend on threads
 
 constexpr int64_t kBlock = 64;    // logits whose maximum is looked at first
-
-inline float widen(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof y);
-  return y;
-}
-
-// To nearest, ties to even. Only for finite values: -ffast-math takes them for granted.
-inline uint16_t narrow(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 // Orders bf16 values as integers; a NaN has its place too, so that sorting stays sound.
 inline uint16_t rank(uint16_t x) { return static_cast<uint16_t>(x & 0x8000 ? ~x : x | 0x8000); }

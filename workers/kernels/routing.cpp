@@ -10,22 +10,11 @@
 #include <limits>
 #include <vector>
 
+#include "bfloat.h"
+
 namespace {
 
 constexpr int64_t kManyRows = 256;  // from here on several threads are worth their start
-
-inline float widen(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof y);
-  return y;
-}
-
-inline uint16_t narrow(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 // The place of the largest of `values` that `open` still has; of equal ones the first. Some open place, whatever the
 // values are.
