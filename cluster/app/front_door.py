@@ -28,6 +28,7 @@ __all__ = ["FrontDoor", "front_door_deployment"]
 log = logging.getLogger(__name__)
 
 _WATCH_S = 1.0
+_ACQUAINT_S = 10.0
 
 
 class FrontDoor:
@@ -66,6 +67,7 @@ class FrontDoor:
             spec.card,
             operations=self,
         )
+        await self._acquaint()
         try:
             await self._server.start()
         except OSError as error:
@@ -115,6 +117,18 @@ class FrontDoor:
         await self._drain(self._spec.drain_timeout_s)
         await self._server.stop()
         await self._roster.remove_front_door.remote(self._id)
+
+    async def _acquaint(self) -> None:
+        """Where DP groups serve, the ports open when this front door can reach one: the node's other front doors share
+        them, and the kernel would give every second new client to the one that knows nobody."""
+        try:
+            snapshot = await self._roster.watch.remote(-1, _WATCH_S)
+        except ray.exceptions.RayError as error:
+            log.warning("the roster does not answer: %s", str(error).splitlines()[0])
+            return
+        self._act_on(snapshot)
+        if snapshot.groups and not await self._server.reach_groups(_ACQUAINT_S):
+            log.warning("no DP group could be reached in %g s; the doors open all the same", _ACQUAINT_S)
 
     async def _follow(self) -> None:
         version = -1

@@ -163,6 +163,25 @@ class FrontDoorServer:
         """The roster's newest list of DP groups that can serve; `lost` are addresses of some that are over."""
         self.links.set_groups(groups, lost)
 
+    async def reach_groups(self, timeout_s: float) -> bool:
+        """Waits until a DP group of the list can be reached; whether one can."""
+        reached = asyncio.Event()
+
+        def look() -> None:
+            if self.links.ready:
+                reached.set()
+
+        self.links.on_change(look)
+        look()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await reached.wait()
+        except TimeoutError:
+            return False
+        finally:
+            self.links.no_change(look)
+        return True
+
     async def start(self) -> None:
         """Opens the ports. Raises OSError naming the one that cannot be had."""
         self.grpc_port = await self._grpc.start(self.settings.host, self.settings.grpc_port)

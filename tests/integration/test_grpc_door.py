@@ -18,7 +18,7 @@ from cluster.front_door.limits import Limits
 from cluster.front_door.server import FrontDoorServer, FrontDoorSettings
 from protos.shoal.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.shoal.v1 import inference_pb2 as pb
-from tests.fakes import BOS, CARD, EOS, SECRET, ByteCodec, FakeGroup, says
+from tests.fakes import BOS, CARD, EOS, SECRET, ByteCodec, FakeGroup, says, serving
 from tests.integration.doors import Door, FakeOperations, expected_text, open_door, request, rest, take
 
 HI = [BOS, *b"hi"]
@@ -363,6 +363,23 @@ async def test_a_port_in_use_is_named(name: str) -> None:
         await server.stop()
         blocker.close()
         await blocker.wait_closed()
+
+
+async def test_a_door_can_wait_for_groups_before_it_opens() -> None:
+    """A front door that shares its port and knows no group would turn away every second new client."""
+    group = FakeGroup()
+    settings = FrontDoorSettings(front_door_id="test", secret=SECRET, grpc_port=0, http_port=None)
+    server = FrontDoorServer(settings, card=CARD, codec=ByteCodec())
+    try:
+        assert not await server.reach_groups(0.05), "it knows none"
+        async with serving(group):
+            server.set_groups([group.address])
+            assert not server.ready(), "a stream takes its time"
+            assert await server.reach_groups(20)
+            assert server.ready()
+            assert await server.reach_groups(0), "at once where one can be reached"
+    finally:
+        await server.stop()
 
 
 def _by_reflection(target: str) -> list[dict[str, object]]:
