@@ -9,7 +9,9 @@ cannot change:
   slots as its position alone decides: decode, a chunk of a prompt and a whole prompt give it the same call. Masked
   slots add exact zeros;
 - torch computes the elements at the end of a call with another exponential than those before them. So activations run
-  on pieces without such an end.
+  on pieces without such an end;
+- with fewer outputs than twelve, MKL on AMD's processors sums a row by its place among the others. So narrow products
+  are filled with zeros to `_NARROW` outputs.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ ROWS = 16
 # So tiles of whatever is done to rows of any width are of this many rows.
 _VECTOR = 64
 _PIECE = 16384
+_NARROW = 16
 
 
 def key_slots(position: int) -> int:
@@ -48,6 +51,22 @@ def silu(x: torch.Tensor) -> torch.Tensor:
     flat = x.reshape(-1)
     padded = F.pad(flat, (0, -len(flat) % _VECTOR))
     return torch.cat([F.silu(piece) for piece in torch.split(padded, _PIECE)])[: len(flat)].view(x.shape)
+
+
+class _NarrowLinear:
+    """A linear layer of few outputs, computed as one of `_NARROW`."""
+
+    __slots__ = ("_linear", "_outputs")
+
+    def __init__(self, base: Kernels, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._outputs = len(weight)
+        self._linear = base.linear(_fill(weight.t()).t().contiguous(), None if bias is None else _fill(bias))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._linear(x)[:, : self._outputs]
+
+    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return residual.add_(self(x))
 
 
 class _TiledLinear:
@@ -100,16 +119,25 @@ class DeterministicKernels(ReferenceKernels):
         return f"the same bits in any batch, over {self._base.describe(quantization)}"
 
     def linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
-        return _TiledLinear(self._base.linear(weight, bias))
+        return _TiledLinear(self._linear(weight, bias))
 
     def gated_linear(self, weight: Weight, bias: torch.Tensor | None) -> GatedLinear:
         if self._base.packs_weights and isinstance(weight, torch.Tensor):
             # the activation is oneDNN's, which treats all elements alike
             return _TiledGatedLinear(self._base.gated_linear(weight, bias))
-        return _TiledGatedLinear(_GatedLinear(self._base.linear(weight, bias)))
+        return _TiledGatedLinear(_GatedLinear(self._linear(weight, bias)))
+
+    def _linear(self, weight: Weight, bias: torch.Tensor | None) -> Linear:
+        if isinstance(weight, torch.Tensor) and len(weight) < _NARROW:
+            return _NarrowLinear(self._base, weight, bias)
+        return self._base.linear(weight, bias)
 
     def per_head(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return _in_tiles(lambda tile: torch.bmm(tile.transpose(0, 1), weight).transpose(0, 1), x)
+        wide, outputs = _fill(weight), weight.shape[2]
+        return _in_tiles(lambda tile: torch.bmm(tile.transpose(0, 1), wide).transpose(0, 1)[..., :outputs], x)
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.mm(x, _fill(weight))[:, : weight.shape[1]]
 
     def by_rows(self, act: Callable[[torch.Tensor], Sequence[torch.Tensor]], x: torch.Tensor) -> Sequence[torch.Tensor]:
         parts = [[part[: len(tile)] for part in act(_pad(tile, _VECTOR))] for tile in torch.split(x, _VECTOR)]
@@ -173,6 +201,12 @@ class DeterministicKernels(ReferenceKernels):
             begin = end
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return out.flatten(0, 1)[ours].flatten(1)
+
+
+def _fill(x: torch.Tensor) -> torch.Tensor:
+    """`x` with as many outputs, its last dimension, as are no narrow product."""
+    missing = _NARROW - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing > 0 else x
 
 
 def _pad(tile: torch.Tensor, rows: int = ROWS) -> torch.Tensor:

@@ -97,6 +97,9 @@ class ReferenceKernels:
     def per_head(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
 
+    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.mm(x, weight)
+
     def by_rows(self, act: Callable[[torch.Tensor], Sequence[torch.Tensor]], x: torch.Tensor) -> Sequence[torch.Tensor]:
         return act(x)
 

@@ -125,6 +125,10 @@ class Kernels(Protocol):
         """Each head's own projection: x [T, H, in] times `weight` [H, in, out], gives [T, H, out]."""
         ...
 
+    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [T, in] times `weight` [in, out], both in fp32."""
+        ...
+
     def by_rows(self, act: Callable[[torch.Tensor], Sequence[torch.Tensor]], x: torch.Tensor) -> Sequence[torch.Tensor]:
         """What `act` makes of x [T, ...]: tensors [T, ...], each row of which depends on that row of x alone."""
         ...

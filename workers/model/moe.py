@@ -48,7 +48,7 @@ class Gate:
         return Routing(*self._kernels.by_rows(self._choose, x))
 
     def _choose(self, x: torch.Tensor) -> Routing:
-        logits = torch.mm(x.float(), self._weight)
+        logits = self._kernels.product(x.float(), self._weight)
         return self._kernels.choose_experts(logits, self._rule, self._correction_bias)
 
 
