@@ -12,6 +12,8 @@ inline float widen(uint16_t x) {
   return y;
 }
 
+inline float widen(float x) { return x; }
+
 // To nearest, ties to even. Only for finite values: -ffast-math takes them for granted.
 inline uint16_t narrow(float x) {
   uint32_t bits;

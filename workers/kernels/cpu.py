@@ -84,14 +84,15 @@ class PackedGatedLinear:
 class _Norm:
     """RMS normalisation in few operations.
 
-    Few rows: the layer norm of x beside -x, whose mean is zero and whose variance is the mean square of x; two
-    operations where every further one costs more than its arithmetic. More rows: in fp32 in place.
+    Few rows in the model's dtype: the layer norm of x beside -x, whose mean is zero and whose variance is the mean
+    square of x; two operations where every further one costs more than its arithmetic. Otherwise in fp32.
     """
 
-    __slots__ = ("_epsilon", "_mirror", "_mirrored", "_scaled", "_shape", "_width_epsilon")
+    __slots__ = ("_dtype", "_epsilon", "_mirror", "_mirrored", "_scaled", "_shape", "_width_epsilon")
 
     def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
         width = len(weight)
+        self._dtype = weight.dtype
         self._epsilon = epsilon
         self._shape = [2, width]
         self._mirrored = weight.repeat(2).view(2, width)
@@ -100,12 +101,13 @@ class _Norm:
         self._width_epsilon = torch.tensor([[width * epsilon]])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) <= _FEW_ROWS:
+        if len(x) <= _FEW_ROWS and x.dtype == self._dtype:
             mirrored = torch.layer_norm(x.unsqueeze(1) * self._mirror, self._shape, self._mirrored, None, self._epsilon)
             return mirrored.select(1, 0)
         y = x.float()
         length = torch.linalg.vector_norm(y, 2, -1, True)
-        return y.mul_(torch.addcmul(self._width_epsilon, length, length).rsqrt_()).mul_(self._scaled).to(x.dtype)
+        scale = torch.addcmul(self._width_epsilon, length, length).rsqrt_()
+        return (y * scale).mul_(self._scaled).to(self._dtype)
 
 
 class PackedKernels(ReferenceKernels):

@@ -163,6 +163,20 @@ void attend_all(const Paged& p, const Task& task, float* peak, float* total, flo
   }
 }
 
+template <typename T>
+void rms_norm(uint16_t* out, const T* x, int64_t x_row, const float* weight, int64_t rows, int64_t width, float epsilon,
+              int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 64)
+  for (int64_t t = 0; t < rows; ++t) {
+    const T* from = x + t * x_row;
+    uint16_t* to = out + t * width;
+    float sum = 0;
+    for (int64_t d = 0; d < width; ++d) sum += widen(from[d]) * widen(from[d]);
+    const float factor = 1.0f / std::sqrt(sum / static_cast<float>(width) + epsilon);
+    for (int64_t d = 0; d < width; ++d) to[d] = narrow(widen(from[d]) * factor * weight[d]);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -223,15 +237,13 @@ void shoal_attend_paged(uint16_t* out, const uint16_t* q, int64_t q_row, const u
 // out[t] = x[t] / sqrt(mean(x[t]^2) + epsilon) * weight, for rows of x `x_row` apart.
 void shoal_rms_norm(uint16_t* out, const uint16_t* x, int64_t x_row, const float* weight, int64_t rows, int64_t width,
                     float epsilon, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 64)
-  for (int64_t t = 0; t < rows; ++t) {
-    const uint16_t* from = x + t * x_row;
-    uint16_t* to = out + t * width;
-    float sum = 0;
-    for (int64_t d = 0; d < width; ++d) sum += widen(from[d]) * widen(from[d]);
-    const float factor = 1.0f / std::sqrt(sum / static_cast<float>(width) + epsilon);
-    for (int64_t d = 0; d < width; ++d) to[d] = narrow(widen(from[d]) * factor * weight[d]);
-  }
+  rms_norm(out, x, x_row, weight, rows, width, epsilon, threads);
+}
+
+// The same of x in fp32.
+void shoal_rms_norm_wide(uint16_t* out, const float* x, int64_t x_row, const float* weight, int64_t rows, int64_t width,
+                         float epsilon, int64_t threads) {
+  rms_norm(out, x, x_row, weight, rows, width, epsilon, threads);
 }
 
 // Rotates x [rows, heads, width] in place: x * cos + roll(x, width / 2) * sin, for cos and sin [rows, width].

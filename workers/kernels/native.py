@@ -57,6 +57,7 @@ def find_native() -> ctypes.PyDLL | None:
     for name, types in (
         ("shoal_attend_paged", _ATTEND),
         ("shoal_rms_norm", _RMS_NORM),
+        ("shoal_rms_norm_wide", _RMS_NORM),
         ("shoal_rotate", _ROTATE),
         ("shoal_refine", _REFINE),
     ):
@@ -67,19 +68,21 @@ def find_native() -> ctypes.PyDLL | None:
 
 
 class _Norm:
-    __slots__ = ("_epsilon", "_function", "_weight", "_width")
+    __slots__ = ("_dtype", "_epsilon", "_narrow", "_weight", "_wide", "_width")
 
     def __init__(self, library: ctypes.PyDLL, weight: torch.Tensor, epsilon: float) -> None:
-        self._function = library.shoal_rms_norm
+        self._dtype = weight.dtype
+        self._narrow, self._wide = library.shoal_rms_norm, library.shoal_rms_norm_wide
         self._weight = weight.float().contiguous()
         self._width = len(weight)
         self._epsilon = epsilon
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = torch.empty(x.shape, dtype=self._dtype)
         if x.dim() != 2 or x.stride(1) != 1:
             x = x.reshape(-1, self._width).contiguous()
-        self._function(
+        norm = self._narrow if x.dtype == self._dtype else self._wide
+        norm(
             out.data_ptr(),
             x.data_ptr(),
             x.stride(0),

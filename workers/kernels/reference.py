@@ -47,13 +47,16 @@ class _GatedLinear:
 
 
 class _Norm:
-    __slots__ = ("_epsilon", "_weight")
+    __slots__ = ("_epsilon", "_weight", "_wide")
 
     def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
         self._weight = weight
+        self._wide = weight.float()
         self._epsilon = epsilon
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != self._weight.dtype:
+            return F.rms_norm(x, self._wide.shape, self._wide, self._epsilon).to(self._weight.dtype)
         return F.rms_norm(x, self._weight.shape, self._weight, self._epsilon)
 
 

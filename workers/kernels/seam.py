@@ -52,7 +52,8 @@ class GatedLinear(Protocol):
 class Norm(Protocol):
     """Root-mean-square normalisation over the last dimension, times a weight, of x [..., width].
 
-    The mean square is taken in fp32 (Zhang and Sennrich, arXiv 1910.07467).
+    x is in fp32, as the residual is, or in the weight's dtype, and the result in the latter. The mean square is taken
+    in fp32 (Zhang and Sennrich, arXiv 1910.07467).
     """
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...

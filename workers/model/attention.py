@@ -78,7 +78,7 @@ class GroupedQueryAttention:
     def __call__(
         self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], step: StepTensors, cache: LayerCache
     ) -> torch.Tensor:
-        """x [T, hidden]; `rotation` are the rotary rows of the step's positions."""
+        """x [T, hidden] in fp32; `rotation` are the rotary rows of the step's positions."""
         qkv = self._qkv(self._norm(x))
         rotated = qkv[:, : self._key_end].view(len(qkv), -1, self._width)
         if self._qk_norm is not None:
@@ -87,7 +87,7 @@ class GroupedQueryAttention:
         cache.write(step.slots, qkv[:, self._query_end :])
         parts = [self._decode(qkv, group, cache) for group in step.decode]
         parts += [self._prefill(qkv[chunk.start : chunk.stop], chunk, cache) for chunk in step.prefill]
-        return self._out.plus(parts[0] if len(parts) == 1 else torch.cat(parts), x)
+        return self._out.onto(x, parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def _decode(self, qkv: torch.Tensor, group: DecodeGroup, cache: LayerCache) -> torch.Tensor:
         q = qkv[group.start : group.stop, : self._query_end]

@@ -48,7 +48,7 @@ def build_decoder(
     config, parts = shard.config, Parts(shard, take, kernels, tensor)
     stages = stages or OneStage()
     table = parts.need("embedding") if shard.is_first else None
-    entrance: Entrance = FromStage(stages, config.hidden_size, dtype, device)
+    entrance: Entrance = FromStage(stages, config.hidden_size, device)
     if table is not None:
         entrance = LookUp(embedding(table, shard.vocab[0], tensor))
     layers = {number: DecoderLayer(_attention(parts, number), _mlp(parts, number, dispatch)) for number in shard.layers}

@@ -35,7 +35,8 @@ class Attention(Protocol):
 
 
 class DecoderLayer:
-    """An attention block and an MLP block; `mlp` is any x [T, hidden] to x [T, hidden] with its residual sum."""
+    """An attention block and an MLP block; `mlp` is any x [T, hidden] to x [T, hidden] with its residual sum, both
+    in fp32."""
 
     __slots__ = ("attention", "mlp")
 

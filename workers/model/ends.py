@@ -22,13 +22,13 @@ __all__ = ["Entrance", "Exit", "FromStage", "LookUp", "ToLogits", "ToStage"]
 
 class Entrance(Protocol):
     def __call__(self, step: StepTensors) -> torch.Tensor:
-        """Rows [T, hidden], in memory of their own."""
+        """Rows [T, hidden] in fp32, in memory of their own."""
         ...
 
 
 class Exit(Protocol):
     def __call__(self, x: torch.Tensor, step: StepTensors) -> torch.Tensor | None:
-        """Takes x [T, hidden] over; logits where this rank has them."""
+        """Takes x [T, hidden] in fp32 over; logits where this rank has them."""
         ...
 
     def keep_step(self, nothing: torch.Tensor) -> None:
@@ -48,11 +48,10 @@ class LookUp:
 class FromStage:
     stages: Stages
     width: int
-    dtype: torch.dtype
     device: torch.device
 
     def __call__(self, step: StepTensors) -> torch.Tensor:
-        return self.stages.receive(len(step.token_ids), self.width, dtype=self.dtype, device=self.device)
+        return self.stages.receive(len(step.token_ids), self.width, dtype=torch.float32, device=self.device)
 
 
 @dataclass(frozen=True, slots=True)

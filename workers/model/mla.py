@@ -120,7 +120,7 @@ class LatentAttention:
     def __call__(
         self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], step: StepTensors, cache: LayerCache
     ) -> torch.Tensor:
-        """x [T, hidden]; `rotation` are the rotary rows of the step's positions."""
+        """x [T, hidden] in fp32; `rotation` are the rotary rows of the step's positions."""
         both = self._inputs(self._norm(x))
         q, rows = both[:, : -self.cache_row], both[:, -self.cache_row :]
         if self._query is not None:
@@ -138,7 +138,7 @@ class LatentAttention:
                 kept = cache.read(chunk.block_ids)[: chunk.context]
             attend = self._expanded if self._expands(self._mla, chunk.stop - chunk.start, len(kept)) else self._absorbed
             parts.append(attend(q_THD[chunk.start : chunk.stop], kept, chunk.mask))
-        return self._out.plus(parts[0] if len(parts) == 1 else torch.cat(parts), x)
+        return self._out.onto(x, parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def _decode(self, q_THD: torch.Tensor, groups: tuple[DecodeGroup, ...], cache: LayerCache) -> torch.Tensor:
         q = self._absorb(q_THD)

@@ -11,7 +11,7 @@ __all__ = ["GatedMLP"]
 
 
 class GatedMLP:
-    """One layer's MLP block: `x + down(silu(gate(norm(x))) * up(norm(x)))`."""
+    """One layer's MLP block: `x + down(silu(gate(norm(x))) * up(norm(x)))`, for x [T, hidden] in fp32."""
 
     __slots__ = ("_down", "_gate_up", "_norm")
 
@@ -21,4 +21,4 @@ class GatedMLP:
         self._down = down
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._down.plus(self._gate_up(self._norm(x)), x)
+        return self._down.onto(x, self._gate_up(self._norm(x)))

@@ -73,9 +73,10 @@ class SharedExperts:
 class MoE:
     """One layer's block: `x + routed(norm(x)) + shared(norm(x))`.
 
-    What `dispatch` combines and what the shared experts give are this rank's parts; over the tensor axis they are
-    summed once, together. `recorder` may be set at any time between steps. `counts` [num_experts] rises with every
-    token of this rank that an expert is chosen for.
+    The residual x is in fp32, what travels to experts in the model's dtype. What `dispatch` combines and what the
+    shared experts give are this rank's parts; over the tensor axis they are summed once, together. `recorder` may be
+    set at any time between steps. `counts` [num_experts] rises with every token of this rank that an expert is chosen
+    for.
     """
 
     __slots__ = (

@@ -13,26 +13,13 @@ from torch.nn import functional as F
 from workers.kernels.seam import Linear
 from workers.parallel.collectives import Collectives
 
-__all__ = ["Embedding", "ResidualLinear", "embedding", "residual_linear"]
-
-
-class ResidualLinear(Protocol):
-    """The last projection of a block and the residual sum behind it."""
-
-    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """`residual` plus the projection of x over all ranks; may overwrite `residual`."""
-        ...
+__all__ = ["Embedding", "ResidualLinear", "embedding"]
 
 
 class Embedding(Protocol):
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Rows [T, hidden], in memory of their own."""
+        """Rows [T, hidden] in fp32, in memory of their own."""
         ...
-
-
-def residual_linear(linear: Linear, tensor: Collectives) -> ResidualLinear:
-    """`linear` holds this rank's columns; where it has a bias, only one rank does."""
-    return linear if tensor.size == 1 else _ReducedLinear(linear, tensor)
 
 
 def embedding(weight: torch.Tensor, first: int, tensor: Collectives) -> Embedding:
@@ -40,14 +27,18 @@ def embedding(weight: torch.Tensor, first: int, tensor: Collectives) -> Embeddin
     return _WholeEmbedding(weight) if tensor.size == 1 else _CutEmbedding(weight, first, tensor)
 
 
-class _ReducedLinear:
+class ResidualLinear:
+    """The last projection of a block and the residual sum behind it, which is in fp32 whatever the model's dtype."""
+
     __slots__ = ("_linear", "_tensor")
 
     def __init__(self, linear: Linear, tensor: Collectives) -> None:
+        """`linear` holds this rank's columns; where it has a bias, only one rank does."""
         self._linear = linear
         self._tensor = tensor
 
-    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def onto(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`residual` [T, hidden], to which the projection of x over all ranks has been added."""
         return residual.add_(self._tensor.all_reduce(self._linear(x)))
 
 
@@ -58,7 +49,7 @@ class _WholeEmbedding:
         self._weight = weight
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return self._weight.index_select(0, token_ids)
+        return self._weight.index_select(0, token_ids).float()
 
 
 class _CutEmbedding:
@@ -73,4 +64,4 @@ class _CutEmbedding:
         local = token_ids - self._first
         ours = (local >= 0) & (local < len(self._weight))
         rows = F.embedding(local.where(ours, 0), self._weight)
-        return self._tensor.all_reduce(rows.masked_fill_(~ours[:, None], 0.0))
+        return self._tensor.all_reduce(rows.masked_fill_(~ours[:, None], 0.0)).float()

@@ -9,7 +9,7 @@ import torch
 
 from workers.kernels.quantized import Weight
 from workers.kernels.seam import GatedLinear, Kernels, Linear, Norm
-from workers.model.parallel_linear import ResidualLinear, residual_linear
+from workers.model.parallel_linear import ResidualLinear
 from workers.model.shard import Shard
 from workers.parallel.collectives import Collectives
 
@@ -49,7 +49,7 @@ class Parts:
         return self.kernels.gated_linear(self.weight(f"{name}.weight"), self.maybe(f"{name}.bias"))
 
     def residual(self, name: str) -> ResidualLinear:
-        return residual_linear(self.linear(name), self.tensor)
+        return ResidualLinear(self.linear(name), self.tensor)
 
     def norm(self, name: str, epsilon: float | None = None) -> Norm:
         """With the model's epsilon where none is given."""

@@ -86,12 +86,14 @@ def test_other_widths_are_left_to_torch(native: NativeKernels) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 61), (16, 64), (130, 576), (3, 5, 32)])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])
-def test_rms_norm(native: NativeKernels, shape: tuple[int, ...], scale: float) -> None:
-    x, weight = _random(*shape) * scale, _random(shape[-1], seed=1)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rms_norm(native: NativeKernels, shape: tuple[int, ...], scale: float, dtype: torch.dtype) -> None:
+    x, weight = (_random(*shape) * scale).to(dtype), _random(shape[-1], seed=1)
     before = x.clone()
     exact = REFERENCE.rms_norm(weight.float(), 1e-6)(x.float())
     got = native.rms_norm(weight, 1e-6)(x)
     assert got.shape == x.shape
+    assert got.dtype == weight.dtype
     torch.testing.assert_close(got.float(), exact, rtol=STEP, atol=1e-6)
     assert torch.equal(x, before)
 
