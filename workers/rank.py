@@ -168,9 +168,9 @@ class Rank:
         if self._leading is not None or self._follower is not None:
             return self._go_on(runner)
         self._standing.recover()  # from the generation in which this rank was alone while it loaded
+        if self.place.tensor_index == 0 and self.settings.record_routing is not None:
+            self.record_routing(self.settings.record_routing)
         if self.place.first_in_group:
-            if self.settings.record_routing is not None:
-                self.record_routing(self.settings.record_routing)
             self._leading = Leading(
                 self.rank,
                 self.settings,
@@ -337,7 +337,8 @@ class Rank:
         self._experts.wait(epoch, timeout_s)
 
     def record_routing(self, folder: str | None) -> None:
-        """Writes what the group's tokens choose from now on into `folder` of this machine; None ends that."""
+        """Writes what the group's tokens choose in this rank's layers from now on into `folder` of this machine; None
+        ends that."""
         runner = self._runner
         assert runner is not None, "record_routing before load"
         log, self._routing_log = self._routing_log, None
@@ -349,11 +350,13 @@ class Rank:
         config = runner.model_config
         if config.moe is None:
             raise ValueError(f"a {config.model_type} model has no routed experts to record")
+        if not runner.expert_layers:
+            return  # a stage of a pipeline that has none of them
         self._routing_log = RoutingLog(
             Path(folder),
             f"{self.settings.engine}-rank-{self.rank}",
             generation=self._standing.generation,
-            layers=[layer for layer in range(config.num_layers) if config.moe.has_experts(layer)],
+            layers=runner.expert_layers,
             num_experts=config.moe.gate.num_experts,
         )
         runner.record_routing(self._routing_log)

@@ -95,6 +95,11 @@ class Runner:
         """Blocks of the cache, the same on every rank of the tensor axis."""
         return self._cache.num_blocks
 
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Those of this rank's layers that have routed experts."""
+        return tuple(self._decoder.mixtures)
+
     def record_routing(self, recorder: RoutingRecorder | None) -> None:
         """Tells `recorder` of every expert choice from the next step on; None stops that."""
         self._records_routing = recorder is not None  # a replayed step would not tell of its choices

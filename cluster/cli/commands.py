@@ -200,7 +200,7 @@ def convert_checkpoint(
 @app.command("plan-experts")
 def plan_experts(
     recording: Annotated[Path, typer.Argument(help="A folder that `inference.record_routing` named.")],
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks to spread the experts over.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to spread the experts over; of one stage in a pipeline.")],
     redundant: Annotated[int, typer.Option(min=0, help="Redundant experts.")] = 0,
     hosts: Annotated[int, typer.Option(min=1, help="Hosts of the ranks.")] = 1,
     train: Annotated[float, typer.Option(help="The share of the recording that the placement may know.")] = 0.5,

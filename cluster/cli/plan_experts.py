@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -29,10 +30,14 @@ def show(folder: Path, *, ranks: int, redundant: int, hosts: int, train: float) 
 
 
 def _table(outcomes: tuple[Outcome, ...]) -> Table:
-    table = Table("placement", "imbalance (1 is even)", "ranks' loads, % of the mean", box=None)
+    by_stage = "; by stage" if len(outcomes[0].carried) > 1 else ""
+    table = Table("placement", "imbalance (1 is even)", f"ranks' loads, % of the mean{by_stage}", box=None)
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
     for outcome in outcomes:
-        mean = sum(outcome.carried) / len(outcome.carried) or 1.0
-        loads = " ".join(f"{carried / mean:.0%}" for carried in outcome.carried)
-        table.add_row(outcome.name, f"{outcome.imbalance:.3f}", loads)
+        table.add_row(outcome.name, f"{outcome.imbalance:.3f}", " | ".join(map(_parts_of_the_mean, outcome.carried)))
     return table
+
+
+def _parts_of_the_mean(carried: Sequence[float]) -> str:
+    mean = sum(carried) / len(carried) or 1.0
+    return " ".join(f"{one / mean:.0%}" for one in carried)

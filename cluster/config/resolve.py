@@ -80,9 +80,6 @@ def _check_experts(config: Config, model: ModelFacts, plan: ParallelPlan) -> Non
         raise ValueError(
             "inference.expert_balance: experts move between DP groups only; set parallel.data, or leave it"
         )
-    if plan.pipeline > 1 and (balance is not None or recording is not None):
-        key = "expert_balance" if balance is not None else "record_routing"
-        raise ValueError(f"inference.{key}: works with parallel.pipeline 1 only, not {plan.pipeline}")
     if recording is not None and model.config.moe is None:
         raise ValueError(f"inference.record_routing: a {model.config.model_type} model has no routed experts")
 

@@ -22,8 +22,6 @@ def wishes_of(config: Config, model: ModelFacts) -> Wishes:
     if section == "auto":
         section = ParallelSection(data="auto", pipeline="auto", tensor="auto", redundant_experts="auto")
     inference = config.inference
-    if section.pipeline == "auto" and (inference.expert_balance is not None or inference.record_routing is not None):
-        section = replace(section, pipeline=1)  # neither works over stages
     return Wishes(
         max_model_len=_max_model_len(config, model),
         max_batch_size=inference.max_batch_size,

@@ -8,14 +8,19 @@ from typing import TypeVar
 
 from cluster.engine.ranks import Rank, RankLost, RankRefused
 
-__all__ = ["ask_all", "ask_each"]
+__all__ = ["all_of", "ask_all", "ask_each"]
 
 T = TypeVar("T")
 
 
 async def ask_all(ranks: Mapping[int, Rank], ask: Callable[[Rank], Awaitable[T]], timeout_s: float) -> dict[int, T]:
     """Every rank's answer. The first failure counts, and silence is one (RankLost)."""
-    tasks = {number: asyncio.ensure_future(ask(rank)) for number, rank in ranks.items()}
+    return await all_of({number: ask(rank) for number, rank in ranks.items()}, timeout_s)
+
+
+async def all_of(calls: Mapping[int, Awaitable[T]], timeout_s: float) -> dict[int, T]:
+    """The same of calls that differ, by rank."""
+    tasks = {number: asyncio.ensure_future(call) for number, call in calls.items()}
     try:
         async with asyncio.timeout(timeout_s):
             answers = await asyncio.gather(*tasks.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from cluster.engine.asking import ask_all
+from cluster.engine.asking import all_of, ask_all
 from cluster.engine.experts import ExpertWatch
 from cluster.engine.means import Means
 from cluster.engine.members import Members
@@ -44,20 +44,30 @@ class Balancing:
         if before <= balance.threshold:
             return
         try:
-            hosts = [address.host for address in self._members.addresses.values()]
-            for layer, placement in list(watch.wanted(_num_hosts(hosts))):
-                await self._move(layer, placement)
+            num_hosts = [_num_hosts(self._hosts(stage)) for stage in range(self._settings.plan.pipeline)]
+            for stage, layer, placement in list(watch.wanted(num_hosts)):
+                await self._move(stage, layer, placement)
         except RankRefused as error:
             log.warning("%s: experts stay where they are: %s", name, error)
         await self.look()
         log.info("%s: expert imbalance was %.2f, is %.2f", name, before, watch.imbalance)
 
-    async def _move(self, layer: int, placement: ExpertPlacement) -> None:
+    async def _move(self, stage: int, layer: int, placement: ExpertPlacement) -> None:
+        """An epoch is the engine's: other stages' ranks have nothing to read for it, and go along."""
         ranks, load_s, move_s = self._members.ranks, self._settings.load_timeout_s, self._pace.move_timeout_s
         self.watch.epoch += 1
-        epoch, places = self.watch.epoch, [(layer, placement.slots)]
-        await ask_all(ranks, lambda rank: rank.stage_experts(epoch, places), load_s)
+        epoch, plan, places = self.watch.epoch, self._settings.plan, [(layer, placement.slots)]
+        calls = {
+            number: rank.stage_experts(epoch, places if plan.place(number).stage == stage else ())
+            for number, rank in ranks.items()
+        }
+        await all_of(calls, load_s)
         await ask_all(ranks, lambda rank: rank.switch_experts(epoch, move_s), move_s + self._pace.call_timeout_s)
+
+    def _hosts(self, stage: int) -> list[str]:
+        """Of the ranks of a stage, in their order."""
+        plan, addresses = self._settings.plan, self._members.addresses
+        return [address.host for number, address in addresses.items() if plan.place(number).stage == stage]
 
 
 def _num_hosts(hosts: Sequence[str]) -> int:

@@ -64,16 +64,23 @@ class ExpertWatch:
         """Of a step: how much longer all wait for the most loaded rank of each layer than for an even one."""
         return step_imbalance(self._carried())
 
-    def wanted(self, num_hosts: int) -> Iterator[tuple[int, ExpertPlacement]]:
-        """A better placement for each layer that would gain by one."""
-        for layer, loads, current in zip(self._layers, self._recent, self._placements, strict=True):
-            # While ranks are missing their slots may not divide by those that are there.
-            num_slots = sum(map(len, current.slots)) // current.num_ranks * current.num_ranks
-            redundant = max(0, num_slots - current.num_experts)
-            placement = balanced(loads, current.num_ranks, redundant=redundant, num_hosts=num_hosts)
-            now, then = (imbalance(rank_loads(place, loads)) for place in (current, placement))
-            if now - then > _WORTH:
-                yield layer, settled(placement, current, num_hosts=num_hosts)
+    def wanted(self, num_hosts: Sequence[int]) -> Iterator[tuple[int, int, ExpertPlacement]]:
+        """A stage, one of its layers that would gain by it, and a better placement. `num_hosts` are each stage's."""
+        for stage, places in enumerate(self._stages):
+            for place in places:
+                found = _better(self._placements[place], self._recent[place], num_hosts[stage])
+                if found is not None:
+                    yield stage, self._layers[place], found
 
     def _carried(self) -> list[list[float]]:
         return [rank_loads(place, loads) for place, loads in zip(self._placements, self._recent, strict=True)]
+
+
+def _better(current: ExpertPlacement, loads: Sequence[float], num_hosts: int) -> ExpertPlacement | None:
+    """None where a layer with such loads would gain little."""
+    # While ranks are missing their slots may not divide by those that are there.
+    num_slots = sum(map(len, current.slots)) // current.num_ranks * current.num_ranks
+    redundant = max(0, num_slots - current.num_experts)
+    placement = balanced(loads, current.num_ranks, redundant=redundant, num_hosts=num_hosts)
+    now, then = (imbalance(rank_loads(place, loads)) for place in (current, placement))
+    return settled(placement, current, num_hosts=num_hosts) if now - then > _WORTH else None

@@ -96,8 +96,11 @@ class Leader:
         """Lets the ranks finish what they have, at most `timeout_s`."""
         if self.state is EngineState.READY:
             self._advance(EngineEvent.DRAIN)
+            firsts, wait_s = self._members.firsts, timeout_s + self._pace.call_timeout_s
+            others = {number: rank for number, rank in self._members.ranks.items() if number not in firsts}
             with suppress(RankLost, RankRefused):
-                await self._all(lambda rank: rank.drain(timeout_s), timeout_s + self._pace.call_timeout_s)
+                for ranks in (firsts, others):  # which run what the first ones still have
+                    await ask_all(ranks, lambda rank: rank.drain(timeout_s), wait_s)
 
     async def stop(self) -> None:
         """Takes everything down."""
@@ -207,7 +210,7 @@ class Leader:
         tasks.add(asyncio.create_task(self._every(self._pace.probe_every_s, self._probe)))
         if self._settings.plan.data > 1:
             tasks.add(asyncio.create_task(self._every(self._pace.look_every_s, self._look)))
-        if self._regroups and (balance := self._settings.expert_balance):
+        if self._settings.plan.data > 1 and (balance := self._settings.expert_balance):
             tasks.add(asyncio.create_task(self._every(balance.interval_s, self._experts.balance)))
         try:
             done, _ = await asyncio.wait(tasks | returning, return_when=asyncio.FIRST_COMPLETED)

@@ -9,11 +9,15 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from protos.shoal.v1 import inference_pb2, session_pb2
+from scheduler.experts import balanced
+from scheduler.experts_replay import compare, read_recording
 from tests.checkpoints import tiny_deepseek
 from tests.integration.front_door_stream import FrontDoorStream, sampling
 from tests.integration.rank_process import Engine, StartEngine, engines, small_settings
@@ -40,8 +44,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_deepseek(tmp_path_factory.mktemp("model"))
 
 
-def _settings(model: Path, **plan: int) -> EngineSettings:
-    return small_settings(model, step_timeout_s=STEP_TIMEOUT_S, plan=ParallelPlan(**plan))
+def _settings(model: Path, *, deterministic: bool = False, **plan: int) -> EngineSettings:
+    return small_settings(model, step_timeout_s=STEP_TIMEOUT_S, plan=ParallelPlan(**plan), deterministic=deterministic)
 
 
 @pytest.fixture
@@ -116,6 +120,64 @@ async def test_stages_say_what_one_rank_says(
     assert min([await _load_of_a_rank(engine) for _ in range(3)]) < 0.02, "idle stages do nothing"
     engine.stop()
     assert {rank["reason"] for rank in engine.on_all("status")} <= {"", "stopped"}
+
+
+async def test_experts_of_every_stage_move_and_are_recorded_while_tokens_stream(
+    start: StartEngine, tmp_path: Path
+) -> None:
+    """With steps in flight, without another bit: each stage's ranks change over between the same two steps."""
+    engine = start(deterministic=True, data=2, pipeline=2, redundant_experts=2)
+    addresses = engine.start()
+    engine.on_all("record_routing", str(tmp_path / "routing"))
+    expected = await _generate(addresses, 80)
+    stages = [[0, 2], [1, 3]]
+    layers = [engine.ranks[ranks[0]].call("expert_loads")["layers"] for ranks in stages]
+    assert layers == [[1], [2]], "each stage has experts of its own"
+    random = Random(7)
+    busy = asyncio.create_task(_generate(addresses, 80))
+    places: dict[int, Any] = {}
+    epoch = num_under_way = 0
+    while not busy.done() or epoch < 4:
+        epoch += 1
+        moved = [layer for stage in layers for layer in stage if random.random() < 0.7]
+        wanted = {layer: _shuffled(random) for layer in moved}
+        await asyncio.gather(
+            *(
+                asyncio.to_thread(
+                    engine.on_all,
+                    "stage_experts",
+                    epoch,
+                    [(layer, slots) for layer, slots in wanted.items() if layer in layers[stage]],
+                    numbers=ranks,
+                )
+                for stage, ranks in enumerate(stages)
+            )
+        )
+        await asyncio.to_thread(engine.on_all, "switch_experts", epoch, 10.0)
+        num_under_way += not busy.done()
+        places |= wanted
+    assert num_under_way >= 2
+    assert await busy == expected
+    assert await _generate(addresses, 80) == expected
+    engine.on_all("record_routing", None)
+    recording = read_recording(tmp_path / "routing")
+    for stage, (ranks, recorded) in enumerate(zip(stages, recording.stages, strict=True)):
+        loads = [engine.ranks[rank].call("expert_loads") for rank in ranks]
+        assert [found["epoch"] for found in loads] == [epoch] * 2
+        assert all(found["slots"] == [places[layer] for layer in layers[stage]] for found in loads)
+        assert list(recorded.layers) == layers[stage]
+        assert np.array_equal(np.sum(recorded.parts, axis=0), np.sum([found["counts"] for found in loads], axis=0))
+    contiguous, known, bound = compare(recording, 2)
+    assert bound.imbalance <= min(contiguous.imbalance, known.imbalance) + 0.01
+    with pytest.raises(RuntimeError, match="layer 2 has no routed experts"):
+        engine.ranks[0].call("stage_experts", epoch + 1, [(2, places[2])])
+    engine.stop()
+
+
+def _shuffled(random: Random) -> list[list[int]]:
+    """Anywhere, with up to two redundant experts."""
+    slots = balanced([random.expovariate(1.0) for _ in range(8)], 2, redundant=random.choice((0, 2))).slots
+    return [random.sample(held, len(held)) for held in random.sample(slots, 2)]
 
 
 async def _load_of_a_rank(engine: Engine) -> float:

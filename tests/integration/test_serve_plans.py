@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from protos.shoal.v1 import admin_pb2, admin_pb2_grpc
 from protos.shoal.v1 import inference_pb2 as pb
 from tests.checkpoints import tiny_deepseek
-from tests.integration.served import Served, eventually, serving
+from tests.integration.served import Served, eventually, run_shoal, serving
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -42,11 +42,20 @@ PLANS = {
     "pp 2 x dp 2": {"pipeline": 2, "data": 2},  # the last one: a test below goes on with it
 }
 STAGES = [*PLANS][-1]
+STAGES_CONFIG = CONFIG.replace(
+    "{", "{deterministic: true, expert_balance: {interval_s: 1, threshold: 1.0}, record_routing: FOLDER, ", 1
+)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_deepseek(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the choices of experts go of the plan with stages and several groups."""
+    return tmp_path_factory.mktemp("routing")
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +119,11 @@ def samples(served: Served) -> list[list[int]]:
     return found
 
 
-def roll_out(served: Served, model: Path, name: str, plan: dict[str, int]) -> None:
-    """The last one gives the same bits in any batch."""
-    deterministic = CONFIG.replace("{", "{deterministic: true, ", 1) if name == STAGES else CONFIG
+def roll_out(served: Served, model: Path, recording: Path, name: str, plan: dict[str, int]) -> None:
+    """The last one gives the same bits in any batch, wherever its experts have gone."""
+    config = STAGES_CONFIG.replace("FOLDER", str(recording)) if name == STAGES else CONFIG
     order = admin_pb2.RolloutRequest(
-        config=f"model: {{path: {model}}}\nparallel: {json.dumps(plan)}\n{deterministic}{CACHE}",
+        config=f"model: {{path: {model}}}\nparallel: {json.dumps(plan)}\n{config}{CACHE}",
         strategy="blue-green",
         version=name,
         watch_s=0.0,
@@ -128,12 +137,13 @@ def roll_out(served: Served, model: Path, name: str, plan: dict[str, int]) -> No
 def test_a_plan_says_what_transformers_says(
     served: Served,
     model: Path,
+    recording: Path,
     greedy: list[list[int]],
     sampled: list[list[int]],
     name: str,
     plan: dict[str, int],
 ) -> None:
-    roll_out(served, model, name, plan)
+    roll_out(served, model, recording, name, plan)
     (engine,) = served.status().engines
     whole = {axis: plan.get(axis, 1) for axis in ("data", "pipeline", "tensor")}
     text = " x ".join(f"{axis} {size}" for axis, size in whole.items())
@@ -144,10 +154,12 @@ def test_a_plan_says_what_transformers_says(
     assert samples(served) == sampled
 
 
-def test_streams_go_on_where_a_stage_is_killed(served: Served, model: Path, sampled: list[list[int]]) -> None:
+def test_streams_go_on_where_a_stage_is_killed(
+    served: Served, model: Path, recording: Path, sampled: list[list[int]]
+) -> None:
     """All ranks are started again, and what was open is replayed: nothing is lost, repeated or another bit."""
     if served.status().engines[0].version != STAGES:
-        roll_out(served, model, STAGES, PLANS[STAGES])
+        roll_out(served, model, recording, STAGES, PLANS[STAGES])
     (before,) = served.status().engines
     begun = threading.Semaphore(0)
 
@@ -177,5 +189,32 @@ def test_streams_go_on_where_a_stage_is_killed(served: Served, model: Path, samp
     assert not {rank.pid for rank in after.ranks} & {rank.pid for rank in before.ranks}
     assert after.num_restarts == 1
     assert "rank 3" in after.last_restart_cause
-    eventually(lambda: served.status().engines[0].expert_imbalance > 0, "what each rank's experts carry is told")
-    assert sum(rank.expert_tokens > 0 for rank in served.status().engines[0].ranks) >= 2
+
+
+def test_experts_of_stages_move_and_their_routing_is_on_file(
+    served: Served, recording: Path, sampled: list[list[int]]
+) -> None:
+    """While samples are drawn that are the same ones."""
+
+    def engine() -> admin_pb2.EngineStatus:
+        return served.status().engines[0]
+
+    assert engine().version == STAGES
+
+    def moved() -> bool:
+        assert samples(served) == sampled
+        return engine().expert_epoch >= 2
+
+    eventually(moved, "experts have moved")
+    assert engine().expert_imbalance > 0
+    assert sum(rank.expert_tokens > 0 for rank in engine().ranks) >= 3, "what each rank of each stage carries is told"
+    eventually(lambda: {0, 1, 2, 3} == _recorded(recording), "each rank writes its layers' choices")
+    tried = run_shoal("plan-experts", str(recording), "--ranks", "2", "--redundant", "2")
+    assert tried.returncode == 0, tried.stderr
+    assert " expert choices in 2 layers" in tried.stdout
+    assert tried.stdout.count(" | ") == 3, "each stage's ranks, for each placement"
+
+
+def _recorded(recording: Path) -> set[int]:
+    """The ranks that have written."""
+    return {int(path.stem.rpartition("-")[2]) for path in recording.glob("*.npz")}

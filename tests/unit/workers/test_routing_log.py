@@ -32,7 +32,8 @@ def test_every_complete_step_is_kept(tmp_path: Path) -> None:
     assert len(list((tmp_path / "new").iterdir())) == 2
     recording = read_recording(tmp_path / "new")
     assert recording.layers == (2, 5)
-    assert sum(recording.parts).tolist() == expected.tolist()  # type: ignore[union-attr]
+    (stage,) = recording.stages
+    assert sum(stage.parts).tolist() == expected.tolist()  # type: ignore[union-attr]
 
 
 def test_a_quiet_rank_writes_what_it_has(tmp_path: Path) -> None:

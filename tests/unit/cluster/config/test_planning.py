@@ -157,12 +157,6 @@ def test_axes_that_cannot_be_are_refused(name: str, parallel: dict[str, Any], me
         resolve_engine(parse(document), facts(name), nodes(2, 8, 80))
 
 
-def test_what_needs_all_layers_on_a_rank_is_planned_so() -> None:
-    inference = {**FP8, "record_routing": "/tmp/routing", "max_model_len": 4096, "max_batch_size": 1}
-    assert plan("Kimi-K2", nodes(1, 8, 141), {**FP8}).plan.pipeline == 4
-    assert plan("Kimi-K2", nodes(1, 8, 141), inference).plan.pipeline == 1
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from(sorted(FAMILY)),

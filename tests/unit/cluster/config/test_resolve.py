@@ -12,6 +12,7 @@ from cluster.config import ConfigError, parse
 from cluster.config.machine import Machine, Node, this_machine
 from cluster.config.resolve import check_exposure, engine_settings
 from cluster.models.folder import ModelFacts
+from tests.unit.cluster.config.family import facts
 from workers.model.config import parse_config
 from workers.settings import EngineSettings
 
@@ -101,6 +102,16 @@ def test_memory_of_gpus_that_nobody_knows_must_be_given() -> None:
 def test_folders_for_records_do_not_depend_on_where_ranks_run() -> None:
     settings = resolve({"scheduling": {"record_steps": "steps"}})
     assert settings.record_steps == str(Path("steps").absolute())
+
+
+def test_experts_may_move_and_be_recorded_with_stages() -> None:
+    document = {
+        "parallel": {"pipeline": 2, "data": 2},
+        "inference": {"expert_balance": {"interval_s": 5}, "record_routing": "routing"},
+    }
+    settings = resolve(document, replace(GPU, gpu_memory_bytes=80 * GIB), facts("V2-Lite"))
+    assert settings.expert_balance is not None
+    assert settings.record_routing == str(Path("routing").absolute())
 
 
 def test_sizes_are_read() -> None:
