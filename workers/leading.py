@@ -111,10 +111,15 @@ class Leading:
         return self._loop.rest(timeout_s)
 
     def resume(self, membership: Membership) -> None:
-        """Steps of the generation that was joined since; the one that was interrupted is run again."""
-        assert isinstance(self._execution, FirstRank)
+        """Steps of the generation that was joined since; those that were interrupted are run again."""
         self._pulse = self._standing.join_pulse(self._wake, self.peer_gone)
-        self._execution.regrouped(membership.sender, self._pulse)
+        if isinstance(self._execution, FirstRank):
+            self._execution.regrouped(membership.sender, self._pulse)
+        else:
+            assert membership.sender is not None
+            assert membership.results is not None
+            self._execution.regrouped(membership.sender, membership.results, self._pulse)
+            membership.results.start(self._wake, self.peer_gone)
         if self._pulse is not None:
             self._pulse.start()
         self._loop.resume(self._standing.generation)
@@ -189,6 +194,7 @@ class Leading:
             rank=self._rank,
             clock=time.monotonic,
             on_broken=self._broke,
+            on_interrupted=self._on_interrupted if self._standing.regroups else None,
             on_step=None if self._step_log is None else self._step_log.record,
         )
         return execution, loop

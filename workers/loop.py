@@ -36,14 +36,14 @@ from scheduler.request import Request, SamplingParams
 from workers.beside import Beside
 from workers.spans import SequenceSpans, record_step
 
-__all__ = ["STOPPED", "Broken", "Company", "Outlet", "StepBatch", "StepLoop"]
+__all__ = ["MOST_ATTEMPTS", "STOPPED", "Broken", "Company", "Outlet", "StepBatch", "StepLoop"]
 
 log = logging.getLogger(__name__)
 
 STOPPED = "stopped"
 _FAILED = "the engine failed"
 # What fails in so many generations fails by itself.
-_MOST_ATTEMPTS = 8
+MOST_ATTEMPTS = 8
 
 
 class Broken(RuntimeError):
@@ -317,7 +317,7 @@ class StepLoop:
         if self._on_interrupted is None or not isinstance(error, RuntimeError | OSError):
             log.exception("step %d failed", self._step)
             self.fail(reason)
-        elif self._num_attempts >= _MOST_ATTEMPTS:
+        elif self._num_attempts >= MOST_ATTEMPTS:
             log.exception("step %d failed", self._step)
             self.fail(f"a step failed {self._num_attempts} times, the last time so: {reason}")
         else:

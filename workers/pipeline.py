@@ -86,6 +86,11 @@ class FirstStage:
         self._grammars = Afar()
         self._flights: deque[_Flight] = deque()
 
+    def regrouped(self, sender: PlanSender, results: ResultReceiver, pulse: Pulse | None) -> None:
+        """Other connections from the next step on; what was under way is to be begun again. Between steps only."""
+        self._sender, self._results, self._pulse = sender, results, pulse
+        self._flights.clear()
+
     @property
     def depth(self) -> int:
         """How many steps may be under way."""
@@ -106,10 +111,12 @@ class FirstStage:
         return self._results.ready
 
     def begin(self, plan: StepPlan, traceparent: str) -> None:
-        """Raises whatever keeps the step from getting on its way; the group is broken then."""
+        """Raises whatever keeps the step from getting on its way."""
         inputs = StepInputs.from_plan(plan)
         self._beat(plan.num_tokens)
         message = inputs.to_proto()
+        # A step that is begun again was planned in an earlier generation.
+        message.generation = self._sender.generation
         message.traceparent = traceparent
         self._sender.send(message, self._ranks.mates)
         began_s = time.monotonic()

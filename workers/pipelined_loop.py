@@ -4,6 +4,9 @@
     as soon as the oldest is back:  events = batcher.commit(plan, collect())
 
 A request that comes in, a result, and another group's beat each wake it; it never waits for one of them alone.
+
+A loop that was interrupted begins what was under way again, in the same order: none of it was committed, and every
+stage writes the same slots once more.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Protocol
 
 from scheduler.batcher import Batcher
 from scheduler.plan import StepPlan, StepResult
-from workers.loop import Company, StepLoop
+from workers.loop import MOST_ATTEMPTS, Company, StepLoop
 from workers.spans import record_step
 
 __all__ = ["Pipeline", "PipelinedLoop"]
@@ -46,6 +49,7 @@ class PipelinedLoop(StepLoop):
         rank: int,
         clock: Callable[[], float],
         on_broken: Callable[[], None] = lambda: None,
+        on_interrupted: Callable[[str], None] | None = None,
         on_step: Callable[[StepPlan, float], None] | None = None,
     ) -> None:
         super().__init__(
@@ -55,13 +59,25 @@ class PipelinedLoop(StepLoop):
             clock=clock,
             company=pipeline,
             on_broken=on_broken,
+            on_interrupted=on_interrupted,
             on_step=on_step,
         )
         assert batcher.num_flights == pipeline.depth
         self._pipeline = pipeline
-        self._under_way: deque[tuple[StepPlan, float]] = deque()  # and when each began
+        self._under_way: deque[tuple[StepPlan, str, float]] = deque()  # with traceparents, and when each began
         self._ended_s = 0.0
         self._tried = False  # nobody was free for one more step, and nothing has changed since
+
+    def resume(self, generation: int) -> None:
+        """See `StepLoop.resume`: a loop at rest begins with all steps that were under way."""
+        self._unfinished.extendleft((plan, traceparent) for plan, traceparent, _ in reversed(self._under_way))
+        self._under_way.clear()
+        self._tried = False
+        if self._unfinished:
+            self._num_attempts += 1
+            if self._num_attempts > MOST_ATTEMPTS:
+                self.fail(f"steps were interrupted {self._num_attempts} times, and none came to its end")
+        super().resume(generation)
 
     def _run_to_its_end(self, plan: StepPlan, traceparent: str) -> StepResult:
         raise AssertionError("a pipeline begins steps and collects their results")
@@ -70,7 +86,7 @@ class PipelinedLoop(StepLoop):
     def _has_step(self) -> bool:
         if self._pipeline.ready or self._pipeline.pending:
             return True
-        return self._has_room and self._batcher.has_work and not self._tried
+        return self._has_room and (self._batcher.has_work or bool(self._unfinished)) and not self._tried
 
     @property
     def _has_room(self) -> bool:
@@ -81,11 +97,10 @@ class PipelinedLoop(StepLoop):
         with self._state:
             for action in inbox:
                 action()
-            plan = self._batcher.schedule_beside() if self._has_room and self._broken is None else None
+            plan, traceparent = self._next_beside() if self._has_room and self._broken is None else (None, "")
             self._tried = plan is None
             if events := self._batcher.take_events():
                 self._deliver(events)
-            traceparent = self._traceparent(plan) if plan is not None and self._num_traced else ""
         if plan is not None:
             self._set_out(plan, traceparent)
         elif self._pipeline.pending and self._broken is None:
@@ -93,9 +108,16 @@ class PipelinedLoop(StepLoop):
         if self._pipeline.ready and self._broken is None:
             self._come_home()
 
+    def _next_beside(self) -> tuple[StepPlan | None, str]:
+        """What is to be begun again, or one more step; and its traceparent."""
+        if self._unfinished:
+            return self._unfinished.popleft()
+        plan = self._batcher.schedule_beside()
+        return plan, self._traceparent(plan) if plan is not None and self._num_traced else ""
+
     def _set_out(self, plan: StepPlan, traceparent: str) -> None:
         start_ns = time.time_ns() if traceparent else 0
-        self._under_way.append((plan, self.clock()))
+        self._under_way.append((plan, traceparent, self.clock()))
         self._pipeline.begin(plan, traceparent)
         if traceparent:
             record_step(
@@ -110,10 +132,11 @@ class PipelinedLoop(StepLoop):
     def _come_home(self) -> None:
         """A step counts from its beginning or from the end of the one before, so that steps add up to time passed."""
         result = self._pipeline.collect()
-        plan, began_s = self._under_way.popleft()
+        plan, _, began_s = self._under_way.popleft()
         now_s = self.clock()
         step_s, self._ended_s = now_s - max(began_s, self._ended_s), now_s
         self._tried = False
+        self._num_attempts = 0
         self._take_in(plan, result, step_s, None)
         if self._on_step is not None:
             self._on_step(plan, step_s)

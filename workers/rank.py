@@ -34,6 +34,7 @@ from workers.lease import Lease
 from workers.loop import STOPPED, Broken
 from workers.parallel.collectives import CurrentCollectives
 from workers.parallel.reach import out_of_reach
+from workers.parallel.stages import CurrentStages
 from workers.parallel.vacant import AwaitedExchange
 from workers.pipeline import LastStage
 from workers.relocation import Relocation
@@ -95,6 +96,7 @@ class Rank:
         self._progress = (0, 0)
         self._standing = Standing(rank, settings, secret)
         self._tensor: CurrentCollectives | None = None
+        self._stages: CurrentStages | None = None
         self._runner: Runner | None = None
         self._leading: Leading | None = None  # at the first rank of a group
         self._follower: Follower | None = None  # at the others
@@ -138,11 +140,12 @@ class Rank:
         expert = groups.expert
         if expert is None and standing.spread_experts:
             expert = AwaitedExchange(self.place.expert_index, self.settings.plan.expert)
-        tensor = groups.tensor
+        tensor, stages = groups.tensor, groups.stages
         if standing.regroups:
             tensor = self._tensor = CurrentCollectives(tensor)
+            stages = self._stages = CurrentStages(stages)
         self._runner = in_passing_thread(
-            lambda: assemble(self.settings, self.place, tensor, stages=groups.stages, expert=expert, progress=note),
+            lambda: assemble(self.settings, self.place, tensor, stages=stages, expert=expert, progress=note),
             "load",
             niceness=self.settings.load_niceness,
         )
@@ -229,8 +232,8 @@ class Rank:
     ) -> int:
         """Meets the members of the next generation, between `interrupt` and `start`; bytes of experts it had to read.
 
-        `placements` names the experts of every member, in order of rank, for all layers that have any. Raises
-        ValueError where memory does not suffice for this rank's.
+        `placements` names the experts of every member of this rank's stage, in order of rank, for all of its layers
+        that have any. Raises ValueError where memory does not suffice for this rank's.
         """
         standing = self._standing
         with self._changing:
@@ -246,7 +249,9 @@ class Rank:
             exchange, experts = groups.expert, self._experts
             assert exchange is not None
             assert self._tensor is not None
+            assert self._stages is not None
             self._tensor.follow(groups.tensor)
+            self._stages.follow(groups.stages)
             places = {layer: _placement(slots) for layer, slots in placements}
             return in_passing_thread(lambda: experts.regroup(epoch, exchange, places), "regroup-experts")
 
@@ -435,6 +440,8 @@ class Rank:
             raise TimeoutError(f"rank {self.rank}: a step did not end in {timeout_s:g} s")
         if self._tensor is not None:
             self._tensor.leave()
+        if self._stages is not None:
+            self._stages.leave()
         standing.leave()
 
     def _stopped(self, reason: str) -> None:

@@ -19,15 +19,13 @@ __all__ = ["Standing"]
 class Standing:
     """One rank's, generation after generation.
 
-    `membership` and `pulse` are those of the generation in force; between two there are none. `regroups` says whether
-    a generation may end, and the group go on in the next one.
+    `membership` and `pulse` are those of the generation in force; between two there are none.
     """
 
     def __init__(self, rank: int, settings: EngineSettings, secret: bytes) -> None:
         self.generation = 0
         self.newest = 0  # the highest generation that a leader has named, in force or not
         self.spread_experts = False
-        self.regroups = False
         self.membership: Membership | None = None
         self.pulse: Pulse | None = None
         self._rank = rank
@@ -42,9 +40,13 @@ class Standing:
         """Before anything else; a rank that others connect to listens from now on."""
         plan = self._settings.plan
         self.spread_experts = spreads_experts(self._settings)
-        self.regroups = self.spread_experts and plan.pipeline == 1
         if plan.place(self._rank).first_in_group and (plan.group_size > 1 or self.spread_experts):
             self._listener = PlanListener(host)
+
+    @property
+    def regroups(self) -> bool:
+        """Whether a generation may end, and the group go on in the next one: where groups share steps."""
+        return self.spread_experts
 
     @property
     def port(self) -> int:

@@ -142,8 +142,8 @@ class Leader:
 
     @property
     def _regroups(self) -> bool:
-        """Whether groups go on without those that are lost. A pipeline's steps under way cannot be run again."""
-        return self._settings.plan.data > 1 and self._settings.plan.pipeline == 1
+        """Whether groups go on without those that are lost."""
+        return self._settings.plan.data > 1
 
     async def _first_probe(self, *, adopted: bool) -> None:
         try:
@@ -210,7 +210,7 @@ class Leader:
         tasks.add(asyncio.create_task(self._every(self._pace.probe_every_s, self._probe)))
         if self._settings.plan.data > 1:
             tasks.add(asyncio.create_task(self._every(self._pace.look_every_s, self._look)))
-        if self._settings.plan.data > 1 and (balance := self._settings.expert_balance):
+        if self._regroups and (balance := self._settings.expert_balance):
             tasks.add(asyncio.create_task(self._every(balance.interval_s, self._experts.balance)))
         try:
             done, _ = await asyncio.wait(tasks | returning, return_when=asyncio.FIRST_COMPLETED)

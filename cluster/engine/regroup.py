@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.engine.asking import ask_all, ask_each
+from cluster.engine.asking import all_of, ask_all, ask_each
 from cluster.engine.means import Means
 from cluster.engine.members import Members
 from cluster.engine.partition import to_fence
 from cluster.engine.ranks import ExpertPlaces, RankLost, RankRefused
 from scheduler.experts_regroup import regrouped
+from workers.parallel.plan import ParallelPlan
 from workers.report import Holdings, RankState
 
 __all__ = ["NoRoom", "Regroup", "Regrouped"]
@@ -115,13 +116,13 @@ class Regroup:
             await self._fence(members, lost)
             raise RankLost("; ".join(lost.values()))
         epoch = 1 + max(holding.epoch for holding in holdings.values())
-        placements = _placements(holdings, self._redundant)
+        placements = _placements(members.plan, holdings, self._redundant)
         store = await self._means.meeting_place(addresses)
-        read = await ask_all(
-            ranks,
-            lambda rank: rank.regroup(generation, store, addresses, epoch, placements),
-            self._settings.load_timeout_s,
-        )
+        calls = {
+            number: rank.regroup(generation, store, addresses, epoch, placements[members.plan.place(number).stage])
+            for number, rank in ranks.items()
+        }
+        read = await all_of(calls, self._settings.load_timeout_s)
         started = await ask_all(ranks, lambda rank: rank.start(), pace.start_timeout_s)
         return Regrouped(
             members=members.started(started),
@@ -131,12 +132,18 @@ class Regroup:
         )
 
 
-def _placements(holdings: Mapping[int, Holdings], redundant: int) -> list[ExpertPlaces]:
-    """Of every layer with experts, from what each rank holds; empty where ranks share none."""
-    first = next(iter(holdings.values()))
-    found = []
+def _placements(plan: ParallelPlan, holdings: Mapping[int, Holdings], redundant: int) -> list[list[ExpertPlaces]]:
+    """By stage, of every layer with experts, from what each of its ranks holds; empty where ranks share none."""
+    stages: list[list[Holdings]] = [[] for _ in range(plan.pipeline)]
+    for number, holding in sorted(holdings.items()):
+        stages[plan.place(number).stage].append(holding)
+    return [_of_stage(stage, redundant) for stage in stages]
+
+
+def _of_stage(holdings: Sequence[Holdings], redundant: int) -> list[ExpertPlaces]:
+    first, found = holdings[0], []
     for index, layer in enumerate(first.layers):
-        held = [holding.experts[index] for holding in holdings.values()]
+        held = [holding.experts[index] for holding in holdings]
         placement = regrouped(held, first.num_experts, num_slots=first.num_experts + redundant)
         found.append((layer, placement.slots))
     return found

@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -125,44 +125,62 @@ class Engine:
         self.on_all("load")
         return [address for address in self.on_all("start") if address]
 
-    def replace(self, number: int) -> None:
-        """Another process for a rank that is a whole DP group; it has loaded, and runs nothing yet."""
+    def replace(self, group: int) -> None:
+        """Other processes for the ranks of a DP group; they have loaded, and run nothing yet."""
         self.generation += 1
-        self.ranks[number].end()
-        rank = self.ranks[number] = RankProcess(self._folder, self.settings, number)
-        self._addresses[number] = rank.call("open", HOST)
-        rank.call("join", self.generation, HOST, self._store.port, [self._addresses[number]])
-        rank.call("load")
+        numbers = self.settings.plan.group(group)
+        for number in numbers:
+            self.ranks[number].end()
+            self.ranks[number] = RankProcess(self._folder, self.settings, number)
+        addresses = self.on_all("open", HOST, numbers=numbers)
+        self._addresses |= dict(zip(numbers, addresses, strict=True))
+        self.on_all("join", self.generation, HOST, self._store.port, addresses, numbers=numbers)
+        self.on_all("load", numbers=numbers)
 
     def regroup(self, numbers: Sequence[int]) -> dict[int, str]:
         """A new generation of these ranks; the session addresses by DP group."""
         self.generation += 1
-        holdings = self.on_all("interrupt", self.generation, 5.0, numbers=numbers)
-        num_slots = holdings[0]["num_experts"] + self.settings.plan.redundant_experts
+        plan = self.settings.plan
+        holdings = dict(zip(numbers, self.on_all("interrupt", self.generation, 5.0, numbers=numbers), strict=True))
+        epoch = 1 + max(holding["epoch"] for holding in holdings.values())
+        addresses = [self._addresses[number] for number in numbers]
+        meeting = (self.generation, HOST, self._store.port, addresses, epoch)
+        calls: dict[int, tuple[object, ...]] = {}
+        for stage in range(plan.pipeline):
+            ours = [number for number in numbers if plan.place(number).stage == stage]
+            places = self._places([holdings[number] for number in ours])
+            calls |= dict.fromkeys(ours, (*meeting, places))
+        self._on_each("regroup", calls)
+        started = self.on_all("start", numbers=numbers)
+        return {n // plan.group_size: address for n, address in zip(numbers, started, strict=True) if address}
+
+    def _places(self, holdings: Sequence[dict[str, Any]]) -> list[tuple[int, Any]]:
+        """Of each layer of a stage, from what its ranks hold."""
+        num_experts = holdings[0]["num_experts"]
+        num_slots = num_experts + self.settings.plan.redundant_experts
         places = []
         for index, layer in enumerate(holdings[0]["layers"]):
             held = [holding["experts"][index] for holding in holdings]
-            places.append((layer, regrouped(held, holdings[0]["num_experts"], num_slots=num_slots).slots))
-        epoch = 1 + max(holding["epoch"] for holding in holdings)
-        addresses = [self._addresses[number] for number in numbers]
-        self.on_all("regroup", self.generation, HOST, self._store.port, addresses, epoch, places, numbers=numbers)
-        started = self.on_all("start", numbers=numbers)
-        group_size = self.settings.plan.group_size
-        return {n // group_size: address for n, address in zip(numbers, started, strict=True) if address}
+            places.append((layer, regrouped(held, num_experts, num_slots=num_slots).slots))
+        return places
 
     def on_all(self, method: str, *arguments: object, numbers: Sequence[int] | None = None) -> list[Any]:
         """Calls all ranks, or these, at once, as many steps of their life demand."""
-        ranks = self.ranks if numbers is None else [self.ranks[number] for number in numbers]
-        values: list[Any] = [None] * len(ranks)
+        wanted = range(len(self.ranks)) if numbers is None else numbers
+        return self._on_each(method, dict.fromkeys(wanted, arguments))
+
+    def _on_each(self, method: str, calls: Mapping[int, Sequence[object]]) -> list[Any]:
+        """The same with arguments for each."""
+        values: list[Any] = [None] * len(calls)
         errors: list[Exception] = []
 
-        def one(index: int) -> None:
+        def one(index: int, number: int, arguments: Sequence[object]) -> None:
             try:
-                values[index] = ranks[index].call(method, *arguments)
+                values[index] = self.ranks[number].call(method, *arguments)
             except Exception as error:
                 errors.append(error)
 
-        threads = [threading.Thread(target=one, args=(index,)) for index in range(len(ranks))]
+        threads = [threading.Thread(target=one, args=(index, *call)) for index, call in enumerate(calls.items())]
         for thread in threads:
             thread.start()
         for thread in threads:

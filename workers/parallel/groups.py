@@ -285,10 +285,13 @@ def _expert_exchange(
         _group(world.places(plan.stage_ranks(stage)), _backend(world), joined_in_s, stuck_s)
         for stage in range(plan.pipeline)
     ]
+    members = tuple(rank for rank in plan.stage_ranks(own_stage) if rank in world.members)
+    if len(members) == 1:
+        return LoneExchange()
     return join_exchange(
         settings,
         world.rank,
-        tuple(rank for rank in plan.stage_ranks(own_stage) if rank in world.members),
+        members,
         hosts,
         PrefixStore(f"stage{own_stage}", shared),
         group=groups[own_stage],

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["OneStage", "ProcessGroupStages", "Stages"]
+__all__ = ["CurrentStages", "OneStage", "ProcessGroupStages", "Stages"]
 
 
 class Stages(Protocol):
@@ -60,6 +60,46 @@ class OneStage:
 
     def minimum(self, value: int) -> int:
         return value
+
+
+class CurrentStages:
+    """The stages of whichever generation is in force: what a model holds for as long as it lives.
+
+    Between generations there are none: what is sent or awaited then fails as a peer's death does.
+    """
+
+    def __init__(self, first: Stages) -> None:
+        self.index = first.index
+        self.size = first.size
+        self._current: Stages | None = first
+
+    def follow(self, current: Stages) -> None:
+        """The column meets anew: the same ranks in the same order."""
+        assert (current.index, current.size) == (self.index, self.size)
+        self._current = current
+
+    def leave(self) -> None:
+        """Lets go of the generation that is over; whoever waits for this rank then sees it go."""
+        self._current = None
+
+    @property
+    def kind(self) -> str:
+        return self._now.kind
+
+    def send(self, x: torch.Tensor) -> None:
+        self._now.send(x)
+
+    def receive(self, num_rows: int, width: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return self._now.receive(num_rows, width, dtype=dtype, device=device)
+
+    def minimum(self, value: int) -> int:
+        return self._now.minimum(value)
+
+    @property
+    def _now(self) -> Stages:
+        if self._current is None:
+            raise RuntimeError("the stages are between two generations")
+        return self._current
 
 
 class ProcessGroupStages:

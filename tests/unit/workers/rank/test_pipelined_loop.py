@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import random
 import threading
 from collections import deque
@@ -22,15 +23,24 @@ from workers.pipelined_loop import PipelinedLoop
 
 
 class Stages:
-    """A pipeline whose steps end when the test says so; looks at every step that begins."""
+    """A pipeline whose steps end when the test says so; looks at every step that begins.
+
+    With `late` they all end, but only when no other one can be begun. `faults` are called as steps begin, by how many
+    have begun.
+    """
 
     imbalance = 0.0
     pending = False
 
-    def __init__(self, depth: int, batcher: Batcher) -> None:
+    def __init__(self, depth: int, batcher: Batcher, *, late: bool = False) -> None:
         self.depth = depth
+        self.late = late
+        self.faults: dict[int, Callable[[], None]] = {}
+        self.most_interrupted = 0  # steps that were in flight at an interruption
+        self._asked = -1
         self.full = threading.Event()  # as many steps are in flight as there may be
         self.num_steps = 0
+        self.begun = threading.Semaphore(0)
         self.wake: Callable[[], None] = lambda: None
         self._batcher = batcher
         self._runner = Runner(batcher.settings.block_size)
@@ -42,6 +52,9 @@ class Stages:
     @property
     def ready(self) -> bool:
         with self._lock:
+            if self.late:  # asked twice without a step begun meanwhile: there is none
+                asked, self._asked = self._asked, self.num_steps
+                return bool(self._flights) and (len(self._flights) == self.depth or asked == self.num_steps)
             return bool(self._flights) and (self._all_end or self._num_ended > 0)
 
     def end_one(self) -> None:
@@ -58,17 +71,31 @@ class Stages:
     def begin(self, plan: StepPlan, traceparent: str) -> None:
         assert not traceparent
         self._check(plan)
+        self.num_steps += 1
+        fault = self.faults.pop(self.num_steps, None)
+        if fault is not None:
+            self.most_interrupted = max(self.most_interrupted, len(self._flights) + 1)
+        if fault is not None and self.num_steps % 2:
+            fault()  # before any stage has run it
         result = self._runner.run(plan)  # every stage takes the steps in their order
         with self._lock:
             self._flights.append((plan, result))
-        self.num_steps += 1
+        if fault is not None:
+            fault()
+        self.begun.release()
         if len(self._flights) == self.depth:
             self.full.set()
 
     def collect(self) -> StepResult:
         with self._lock:
-            self._num_ended -= not self._all_end
+            self._num_ended -= not (self._all_end or self.late)
             return self._flights.popleft()[1]
+
+    def regrouped(self) -> None:
+        """What was in flight is lost; some stages have run it, and the slots are as they left them."""
+        with self._lock:
+            self._flights.clear()
+            self._num_ended = 0
 
     def keep_step(self) -> None:
         raise AssertionError("there are no other groups")
@@ -89,12 +116,15 @@ class Stages:
 class Case:
     """A loop with `depth` steps in flight over a pool that holds a few sequences."""
 
-    def __init__(self, depth: int, **changes: int) -> None:
+    def __init__(self, depth: int, *, late: bool = False, **changes: int) -> None:
         self.limits = limits(**{"num_blocks": 24, "max_batch_tokens": 20, "max_waiting": 64, **changes})
         self.clock = Clock()
         self.batcher = Batcher(self.limits, clock=self.clock, generation=1, num_flights=depth)
-        self.stages = Stages(depth, self.batcher)
-        self.loop = PipelinedLoop(self.batcher, self.stages, rank=0, clock=self.clock)
+        self.stages = Stages(depth, self.batcher, late=late)
+        self.interrupted: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.loop = PipelinedLoop(
+            self.batcher, self.stages, rank=0, clock=self.clock, on_interrupted=self.interrupted.put
+        )
         self.stages.wake = self.loop.wake
         self.outlet = Recorder()
         self.requests: dict[str, Request] = {}
@@ -153,6 +183,62 @@ def test_random_traces(seed: int, depth: int) -> None:
     assert {FinishReason.STOP, FinishReason.LENGTH} <= finishes
 
 
+@pytest.mark.parametrize("depth", [2, 4])
+@pytest.mark.parametrize("seed", range(8))
+def test_interrupted_traces(seed: int, depth: int) -> None:
+    """Steps fail on their way and others' deaths interrupt them, at any moment: every output is the undisturbed one."""
+    rng = random.Random(seed)
+    case = Case(depth, late=True)
+    generations = [1]
+
+    def fail() -> None:
+        raise RuntimeError("a peer has gone")
+
+    for moment in rng.sample(range(2, 60), 6):
+        case.stages.faults[moment] = rng.choice([fail, lambda: case.loop.interrupt("rank 7 has gone")])
+    leader = threading.Thread(target=_lead, args=(case, generations))
+    leader.start()
+    for number in range(50):
+        case.submit(random_request(rng, str(number), 100.0))
+        if rng.random() < 0.2:
+            case.loop.cancel(rng.choice(list(case.requests)))
+    case.wait_for_all()
+    case.interrupted.put(None)
+    leader.join(10)
+    case.stop()
+    case.check()
+    assert case.loop.reason == "stopped"
+    assert len(generations) == 7
+    assert case.stages.most_interrupted >= 2
+    assert case.batcher.load().num_free_blocks == case.limits.num_blocks
+
+
+def _lead(case: Case, generations: list[int]) -> None:
+    """As a leader would: whenever the loop rests, all stages meet anew."""
+    while case.interrupted.get() is not None:
+        assert case.loop.rest(10)
+        case.stages.regrouped()
+        generations.append(generations[-1] + 1)
+        case.loop.resume(generations[-1])
+
+
+def test_steps_that_never_come_to_an_end_break_the_loop_after_all() -> None:
+    case = Case(2)
+    case.submit(make_request("a", 5, max_tokens=3))
+    for generation in range(2, 40):
+        if case.loop.reason is not None:
+            break
+        assert case.stages.begun.acquire(timeout=10)
+        case.loop.interrupt("the last stage does not bring the step to an end")
+        assert case.loop.rest(10)
+        case.stages.regrouped()
+        case.loop.resume(generation)
+    assert "none came to its end" in str(case.loop.reason)
+    case.wait_for_all()
+    assert case.outlet.of("a")[-1].finish is FinishReason.FAILED
+    case.stop()
+
+
 def test_all_stages_have_work_and_someone_is_preempted() -> None:
     case = Case(3, num_blocks=20, max_batch_size=6, max_batch_tokens=12)
     for number in range(16):
@@ -168,18 +254,10 @@ def test_all_stages_have_work_and_someone_is_preempted() -> None:
 
 def test_what_is_submitted_goes_out_while_others_are_in_flight() -> None:
     case = Case(2)
-    begun = threading.Semaphore(0)
-    begin = case.stages.begin
-
-    def noting(plan: StepPlan, traceparent: str) -> None:
-        begin(plan, traceparent)
-        begun.release()
-
-    case.stages.begin = noting  # type: ignore[method-assign]
     case.submit(make_request("a", 5, max_tokens=3))
-    assert begun.acquire(timeout=10)
+    assert case.stages.begun.acquire(timeout=10)
     case.submit(make_request("b", 5, max_tokens=3))
-    assert begun.acquire(timeout=10), "it waits for no result"
+    assert case.stages.begun.acquire(timeout=10), "it waits for no result"
     case.submit(make_request("c", 5, max_tokens=3))
     assert not case.outlet.events, "no more steps than stages"
     assert case.stages.num_steps == 2
