@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -21,6 +22,7 @@ from tests.integration.led_ranks import ProcessRank, ProcessRanks
 from tests.integration.rank_process import small_settings
 from workers.parallel.groups import host_store
 from workers.parallel.plan import ParallelPlan
+from workers.settings import ExpertBalance
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -87,8 +89,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def leading(folder: Path, model: Path) -> AsyncIterator[Case]:
-    settings = small_settings(model, step_timeout_s=2.0, plan=ParallelPlan(data=3), deterministic=True)
+async def leading(folder: Path, model: Path, plan: ParallelPlan, **fields: Any) -> AsyncIterator[Case]:
+    settings = small_settings(model, step_timeout_s=2.0, plan=plan, deterministic=True, **fields)
     ranks = ProcessRanks(folder, settings)
     loop = asyncio.get_running_loop()
     notes: set[asyncio.Task[None]] = set()
@@ -125,7 +127,7 @@ def at(ranks: ProcessRanks, number: int, method: str, act: Callable[[], None]) -
 
 
 async def test_faults_at_the_awkward_moments(model: Path, tmp_path: Path) -> None:
-    async with leading(tmp_path, model) as case:
+    async with leading(tmp_path, model, ParallelPlan(data=3)) as case:
         leader, ranks = case.leader, case.ranks
         loading = at(ranks, 1, "load", lambda: ranks.kill(1))
         await case.until_whole(1)
@@ -153,3 +155,31 @@ async def test_faults_at_the_awkward_moments(model: Path, tmp_path: Path) -> Non
         assert await running == expected, "two at once"
         await case.until_whole(generation + 1)
         assert ranks.num_sets == 2, "nobody started all ranks again"
+
+
+async def test_faults_of_a_pipeline_whose_experts_move(model: Path, tmp_path: Path) -> None:
+    """Ranks of any stage are lost, in the midst of a move and on their way back; the other group goes on with what it
+    holds, steps in flight among it."""
+    balance = ExpertBalance(interval_s=0.3, threshold=1.0)
+    async with leading(tmp_path, model, ParallelPlan(data=2, pipeline=2), expert_balance=balance) as case:
+        leader, ranks = case.leader, case.ranks
+        await case.until_whole()
+        expected = await case.answers()
+        survivors = [ranks.living[number] for number in (0, 1)]
+        for number, method, how in (
+            (3, "load", signal.SIGKILL),  # lost, and once more on its way back
+            # What came back holds what was left for it: experts move as soon as it serves.
+            (2, "switch_experts", signal.SIGKILL),
+            (3, "stage_experts", signal.SIGSTOP),
+        ):
+            generation = leader.generation
+            hit = at(ranks, number, method, lambda number=number, how=how: ranks.kill(number, how))  # type: ignore[misc]
+            running = asyncio.create_task(case.answers())
+            if method == "load":
+                ranks.kill(number)
+            assert await running == expected, (number, method)
+            await case.until(hit.is_set)
+            await case.until_whole(generation + 1)
+        assert await case.answers() == expected
+        assert [ranks.living[number] for number in (0, 1)] == survivors
+        assert ranks.num_sets == 1, "nobody started all ranks again"

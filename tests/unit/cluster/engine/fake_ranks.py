@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from cluster.engine.ranks import ExpertPlaces, Rank, RankLost, RankRefused, Superseded
+from workers.parallel.plan import ParallelPlan
 from workers.report import ExpertLoads, Holdings, RankAddress, RankState, RankStatus
 
 
@@ -18,7 +19,7 @@ class FakeRank:
     """
 
     rank: int
-    first: bool
+    plan: ParallelPlan
     calls: list[str] = field(default_factory=list)
     faults: dict[str, Exception | None] = field(default_factory=dict)
     generation: int = 0
@@ -31,7 +32,6 @@ class FakeRank:
     troubled: asyncio.Event = field(default_factory=asyncio.Event)
     newest: int = 0
     holdings: Holdings = field(default_factory=Holdings)
-    group_size: int = 1
     cut_off: set[int] = field(default_factory=set)
     dies_at: str = ""
     freezes_at: str = ""
@@ -94,7 +94,9 @@ class FakeRank:
         assert generation == self.newest
         assert self.state in (RankState.INTERRUPTED, RankState.NEW)
         self.generation, self.store, self.addresses = generation, store, addresses
-        place = [address.rank for address in addresses].index(self.rank)
+        stage = self.plan.stage_ranks(self.plan.place(self.rank).stage)
+        place = [address.rank for address in addresses if address.rank in stage].index(self.rank)
+        assert [layer for layer, _ in placements] == list(self.holdings.layers), "its stage's, and no others"
         self.holdings = replace(self.holdings, epoch=epoch, experts=tuple(slots[place] for _, slots in placements))
         return 0
 
@@ -120,7 +122,7 @@ class FakeRank:
         await self._called("status")
         return RankStatus(
             rank=self.rank,
-            dp_group=self.rank // self.group_size,
+            dp_group=self.plan.place(self.rank).dp_group,
             state=self.state,
             reason="",
             host="h",
@@ -164,6 +166,10 @@ class FakeRank:
         raise RankLost(f"rank {self.rank} died")
 
     @property
+    def first(self) -> bool:
+        return self.plan.place(self.rank).first_in_group
+
+    @property
     def session(self) -> str:
         return f"[::1]:{2000 + self.rank}" if self.first else ""
 
@@ -174,9 +180,8 @@ class FakeRanks:
     Ranks that are replaced are sets too. `room` is awaited before one can be opened.
     """
 
-    def __init__(self, num_ranks: int, group_size: int, prepare: Callable[[int, list[FakeRank]], None]) -> None:
-        self._num_ranks = num_ranks
-        self._group_size = group_size
+    def __init__(self, plan: ParallelPlan, prepare: Callable[[int, list[FakeRank]], None]) -> None:
+        self._plan = plan
         self._prepare = prepare
         self.sets: list[list[FakeRank]] = []
         self.living: dict[int, FakeRank] = {}
@@ -187,9 +192,7 @@ class FakeRanks:
         self.room.set()
 
     def make(self, numbers: Sequence[int] | None = None) -> list[FakeRank]:
-        size = self._group_size
-        wanted = range(self._num_ranks) if numbers is None else numbers
-        return [FakeRank(rank, rank % size == 0, group_size=size) for rank in wanted]
+        return [FakeRank(rank, self._plan) for rank in (range(self._plan.num_ranks) if numbers is None else numbers)]
 
     async def adopt(self) -> dict[int, Rank]:
         orphans, self.orphans = self.orphans, []

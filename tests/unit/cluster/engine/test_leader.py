@@ -67,8 +67,7 @@ class Case:
         generation: int,
         pace: Pace = PACE,
     ) -> None:
-        plan = settings.plan
-        self.ranks = FakeRanks(plan.num_ranks, plan.group_size, prepare)
+        self.ranks = FakeRanks(settings.plan, prepare)
         self.num_stores = 0
         self._changed = asyncio.Event()
         self._history: list[Moment] = []

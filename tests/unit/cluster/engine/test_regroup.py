@@ -21,11 +21,13 @@ FOUR = replace(SETTINGS, plan=ParallelPlan(data=4))
 
 
 def holding(index: int, ranks: list[FakeRank]) -> None:
-    """Eight experts in each of two layers, two of them at each rank."""
+    """Eight experts in each of two layers, spread over the ranks; of two stages each has one of the layers."""
     del index
     for rank in ranks:
-        held = contiguous(8, 4).slots[rank.rank]
-        rank.holdings = Holdings(layers=(1, 2), experts=(held, held), num_experts=8)
+        place = rank.plan.place(rank.rank)
+        held = contiguous(8, rank.plan.expert).slots[place.expert_index]
+        layers = (1, 2) if rank.plan.pipeline == 1 else (1 + place.stage,)
+        rank.holdings = Holdings(layers=layers, experts=(held,) * len(layers), num_experts=8)
 
 
 def kill(case: Case, *numbers: int) -> None:
@@ -54,9 +56,11 @@ def check(case: Case) -> None:
     assert {rank.state for rank in ranks} == {RankState.RUNNING}
     assert {rank.generation for rank in ranks} == {case.leader.generation}
     assert {tuple(address.rank for address in rank.addresses) for rank in ranks} == {tuple(members.ranks)}
-    for layer in range(2):
-        held = [expert for rank in ranks if rank.holdings.layers for expert in rank.holdings.experts[layer]]
-        assert not held or set(held) == set(range(8)), "every expert lives somewhere"
+    held: dict[int, set[int]] = {}
+    for rank in ranks:
+        for layer, experts in zip(rank.holdings.layers, rank.holdings.experts, strict=True):
+            held.setdefault(layer, set()).update(experts)
+    assert all(found == set(range(8)) for found in held.values()), "every expert lives somewhere"
     assert {group.generation for group in case.leader.groups()} == {case.leader.generation}
 
 
@@ -108,6 +112,27 @@ async def test_what_is_left_of_a_group_goes_with_it() -> None:
         assert sorted(case.ranks.fenced) == [2, 3]
         assert [len(ranks) for ranks in case.ranks.sets] == [4, 2]
         check(case)
+
+
+@pytest.mark.parametrize("lost", [2, 3])
+async def test_a_pipeline_goes_with_any_of_its_stages_and_comes_back(lost: int) -> None:
+    """Each stage's experts are placed by what its own ranks hold."""
+    async with leading(holding, settings=replace(SETTINGS, plan=ParallelPlan(data=2, pipeline=2))) as case:
+        await case.until_state(EngineState.READY)
+        first = case.ranks.sets[0][:2]
+        case.ranks.room.clear()
+        kill(case, lost)
+        await case.until_state(EngineState.REGROUPING)
+        await case.until_state(EngineState.READY)
+        assert sorted(case.ranks.fenced) == [2, 3]
+        assert [rank.holdings.layers for rank in first] == [(1,), (2,)]
+        assert [rank.holdings.experts for rank in first] == [(tuple(range(8)),)] * 2
+        check(case)
+        case.ranks.room.set()
+        await until_whole(case, 3)
+        check(case)
+        assert [len(ranks) for ranks in case.ranks.sets] == [4, 2]
+        assert case.ranks.num_cleared == 1, "only what might have been there before the start"
 
 
 async def test_two_at_once() -> None:
@@ -197,7 +222,7 @@ async def test_a_new_leader_finishes_what_another_began() -> None:
     """Some were interrupted, some had met for a generation that never began."""
 
     def orphans(ranks: object) -> list[FakeRank]:
-        made = [FakeRank(number, True) for number in (0, 1, 3)]
+        made = [FakeRank(number, FOUR.plan) for number in (0, 1, 3)]
         holding(0, made)
         for rank, generation, newest, state in zip(
             made,
@@ -219,7 +244,7 @@ async def test_a_new_leader_finishes_what_another_began() -> None:
 @pytest.mark.parametrize("seed", range(12))
 async def test_random_faults(seed: int) -> None:
     random = Random(seed)
-    plan = random.choice([ParallelPlan(data=4), ParallelPlan(data=2, tensor=2)])
+    plan = random.choice([ParallelPlan(data=4), ParallelPlan(data=2, tensor=2), ParallelPlan(data=2, pipeline=2)])
     prepare = holding if plan.tensor == 1 else (lambda index, ranks: None)
     async with leading(prepare, settings=replace(SETTINGS, plan=plan)) as case:
         await until_whole(case, 1)

@@ -43,7 +43,12 @@ faults = st.builds(
     then_s=st.sampled_from([0.0, 0.0, 0.001, 0.3, 2.0, 4.0, 30.0]),
 )
 plans = st.sampled_from(
-    [ParallelPlan(data=4), ParallelPlan(data=4, redundant_experts=4), ParallelPlan(data=2, tensor=2)]
+    [
+        ParallelPlan(data=4),
+        ParallelPlan(data=4, redundant_experts=4),
+        ParallelPlan(data=2, tensor=2),
+        ParallelPlan(data=2, pipeline=2),
+    ]
 )
 
 
