@@ -119,10 +119,11 @@ class Leading:
             assert membership.sender is not None
             assert membership.results is not None
             self._execution.regrouped(membership.sender, membership.results, self._pulse)
-            membership.results.start(self._wake, self.peer_gone)
         if self._pulse is not None:
             self._pulse.start()
         self._loop.resume(self._standing.generation)
+        if membership.results is not None:  # not before: a loop at rest would not hear that the other end has gone
+            membership.results.start(self._wake, self.peer_gone)
 
     def renumber(self) -> None:
         """The generation has changed without this group, whose steps went on."""

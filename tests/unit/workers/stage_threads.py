@@ -64,9 +64,46 @@ class StageThreads:
 
     def __init__(self, num_stages: int, *, block_size: int, vocab_size: int, generation: int = 1) -> None:
         last = num_stages - 1
-        plans = {rank: socket.socketpair() for rank in range(1, num_stages)}
-        back = socket.socketpair()
         self.caches = [NoisyCache(block_size, vocab_size, last=rank == last) for rank in range(num_stages)]
+        self._connect(generation)
+        self.first = FirstStage(
+            self.caches[0],
+            self._sender,
+            self._results,
+            StageRanks(frozenset(), frozenset(range(1, num_stages)), last, num_stages),
+            step_timeout_s=10.0,
+        )
+
+    def start(self, on_result: Callable[[], None], on_gone: Callable[[str], None]) -> None:
+        self._results.start(on_result, on_gone)
+        for follower in self._followers:
+            follower.start()
+
+    def hang_up(self) -> None:
+        """As a rank does that takes no more steps. From any thread."""
+        self._sender.hang_up()
+
+    def cut(self, rank: int) -> None:
+        """A rank behind the first one goes, with its connections. From any thread."""
+        self._receivers[rank].hang_up()
+        if rank == len(self.caches) - 1:
+            self._answers.close()
+
+    def regroup(self, generation: int) -> None:
+        """New connections between the same ranks, each with what it holds. With the loop at rest."""
+        self._leave()
+        self._connect(generation)
+        self.first.regrouped(self._sender, self._results, None)
+
+    def close(self) -> None:
+        """After the loop has stopped."""
+        self.first.dismiss()
+        self._leave()
+
+    def _connect(self, generation: int) -> None:
+        last = len(self.caches) - 1
+        plans = {rank: socket.socketpair() for rank in range(1, last + 1)}
+        back = socket.socketpair()
         self._sender = PlanSender(generation, {rank: ends[0] for rank, ends in plans.items()})
         self._receivers = {rank: PlanReceiver(generation, ends[1]) for rank, ends in plans.items()}
         self._results = ResultReceiver(generation, back[0])
@@ -80,22 +117,8 @@ class StageThreads:
             )
             for rank, receiver in self._receivers.items()
         ]
-        self.first = FirstStage(
-            self.caches[0],
-            self._sender,
-            self._results,
-            StageRanks(frozenset(), frozenset(plans), last, num_stages),
-            step_timeout_s=10.0,
-        )
 
-    def start(self, on_result: Callable[[], None], on_gone: Callable[[str], None]) -> None:
-        self._results.start(on_result, on_gone)
-        for follower in self._followers:
-            follower.start()
-
-    def close(self) -> None:
-        """After the loop has stopped."""
-        self.first.dismiss()
+    def _leave(self) -> None:
         for follower in self._followers:
             assert follower.stop(10)
         self._results.close()
