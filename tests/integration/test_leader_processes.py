@@ -44,7 +44,7 @@ class Case:
             self.generations.append(self.leader.generation)
             self.changed.notify_all()
 
-    async def until(self, holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    async def until(self, holds: Callable[[], bool], timeout_s: float = 100.0) -> None:
         async with asyncio.timeout(timeout_s), self.changed:
             await self.changed.wait_for(holds)
 

@@ -127,7 +127,7 @@ class ProcessGroupExchange:
 
     def close(self) -> None:
         """Lets go of the process group, which its maker destroys."""
-        self._group = None
+        self.group = None
 
 
 def _rows_in(room: torch.Tensor, count: int, like: torch.Tensor) -> torch.Tensor:

@@ -41,14 +41,12 @@ class GlooComm:
 @contextmanager
 def gloo_exchanges(ranks: int) -> Iterator[list[Exchange]]:
     store = distributed.HashStore()  # type: ignore[attr-defined]  # from C++
-    groups = on_threads(
-        ranks,
-        lambda rank: distributed.ProcessGroupGloo(store, rank, ranks, timedelta(seconds=10)),
-    )
-    yield [
-        ProcessGroupExchange(index=rank, size=ranks, group=group, kind="gloo", comm=GlooComm())
-        for rank, group in enumerate(groups)
-    ]
+
+    def meet(rank: int) -> Exchange:
+        group = distributed.ProcessGroupGloo(store, rank, ranks, timedelta(seconds=10))
+        return ProcessGroupExchange(index=rank, size=ranks, group=group, kind="gloo", comm=GlooComm())
+
+    yield on_threads(ranks, meet)
 
 
 def _sizes(random: Random, ranks: int, slots: int, row_bytes: int) -> torch.Tensor:
@@ -119,6 +117,21 @@ def test_a_rank_that_leaves_is_noticed_at_once() -> None:
                 found[rank].counted_rows(torch.ones(0, 4), torch.zeros(3, 2, dtype=torch.int64))
 
         on_threads(3, work)
+
+
+def test_a_rank_that_lets_go_of_its_process_group_is_noticed_at_once() -> None:
+    """Though its model keeps the exchange until the next generation's."""
+    with gloo_exchanges(2) as found:
+
+        def work(rank: int) -> None:
+            found[rank].rows(torch.ones(2, 4), [1, 1], [1, 1])
+            if rank == 1:
+                found[1].close()
+                return
+            with pytest.raises(RuntimeError, match=r"(?i)connection (closed|reset)"):
+                found[0].rows(torch.ones(2, 4), [1, 1], [1, 1])
+
+        on_threads(2, work)
 
 
 def test_a_rank_that_hangs_up_frees_its_own_step() -> None:
