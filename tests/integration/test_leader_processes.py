@@ -164,22 +164,17 @@ async def test_faults_of_a_pipeline_whose_experts_move(model: Path, tmp_path: Pa
     async with leading(tmp_path, model, ParallelPlan(data=2, pipeline=2), expert_balance=balance) as case:
         leader, ranks = case.leader, case.ranks
         await case.until_whole()
-        expected = await case.answers()
         survivors = [ranks.living[number] for number in (0, 1)]
-        for number, method, how in (
-            (3, "load", signal.SIGKILL),  # lost, and once more on its way back
-            # What came back holds what was left for it: experts move as soon as it serves.
-            (2, "switch_experts", signal.SIGKILL),
-            (3, "stage_experts", signal.SIGSTOP),
-        ):
+        answers = []
+        # What serves first, and what comes back, holds what fell to it: experts move as soon as there are tokens.
+        for number, method, how in ((2, "switch_experts", signal.SIGKILL), (3, "stage_experts", signal.SIGSTOP)):
             generation = leader.generation
             hit = at(ranks, number, method, lambda number=number, how=how: ranks.kill(number, how))  # type: ignore[misc]
-            running = asyncio.create_task(case.answers())
-            if method == "load":
-                ranks.kill(number)
-            assert await running == expected, (number, method)
-            await case.until(hit.is_set)
+            while not hit.is_set():
+                answers.append(await case.answers())
             await case.until_whole(generation + 1)
-        assert await case.answers() == expected
+        answers.append(await case.answers())
+        assert len(answers) >= 3
+        assert all(one == answers[-1] for one in answers), "disturbed or not"
         assert [ranks.living[number] for number in (0, 1)] == survivors
         assert ranks.num_sets == 1, "nobody started all ranks again"

@@ -129,12 +129,12 @@ async def test_experts_of_every_stage_move_and_are_recorded_while_tokens_stream(
     engine = start(deterministic=True, data=2, pipeline=2, redundant_experts=2)
     addresses = engine.start()
     engine.on_all("record_routing", str(tmp_path / "routing"))
-    expected = await _generate(addresses, 80)
+    expected = await _generate(addresses, 60)
     stages = [[0, 2], [1, 3]]
     layers = [engine.ranks[ranks[0]].call("expert_loads")["layers"] for ranks in stages]
     assert layers == [[1], [2]], "each stage has experts of its own"
     random = Random(7)
-    busy = asyncio.create_task(_generate(addresses, 80))
+    busy = asyncio.create_task(_generate(addresses, 60))
     places: dict[int, Any] = {}
     epoch = num_under_way = 0
     while not busy.done() or epoch < 4:
@@ -158,7 +158,6 @@ async def test_experts_of_every_stage_move_and_are_recorded_while_tokens_stream(
         places |= wanted
     assert num_under_way >= 2
     assert await busy == expected
-    assert await _generate(addresses, 80) == expected
     engine.on_all("record_routing", None)
     recording = read_recording(tmp_path / "routing")
     for stage, (ranks, recorded) in enumerate(zip(stages, recording.stages, strict=True)):
