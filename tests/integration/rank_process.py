@@ -1,22 +1,23 @@
 """Ranks in processes of their own, each behind a pipe that calls its methods.
 
-    python -m tests.integration.rank_process SETTINGS.json RANK SECRET
-
-reads one JSON call per line (`{"number": ..., "method": ..., "arguments": [...]}`) and answers one JSON line per call,
-in the order in which they end.
+They are forked from one process that has imported everything once: torch takes each of them seconds otherwise, and
+the tests start a hundred.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
+import logging
+import multiprocessing
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from itertools import count
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,32 @@ __all__ = ["HOST", "SECRET", "Engine", "RankProcess", "StartEngine", "engines", 
 
 HOST = "127.0.0.1"
 SECRET = "not much of a secret"
-_ROOT = Path(__file__).parents[2]
+_FORKS = multiprocessing.get_context("forkserver")
+# deepspeed is imported late by ranks that have peers.
+_FORKS.set_forkserver_preload(["__main__", "tests.integration.rank_process", "deepspeed.comm"])
+
+
+class _Child:
+    """The process of a rank, as `subprocess.Popen` has it."""
+
+    def __init__(self, *arguments: object) -> None:
+        self._process = _FORKS.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def send_signal(self, how: signal.Signals) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, how)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> None:
+        self._process.join()
 
 
 class RankProcess:
@@ -41,15 +67,9 @@ class RankProcess:
         path = folder / f"settings-{rank}.json"
         path.write_text(json.dumps(dataclasses.asdict(settings)))
         self.log_path = folder / f"rank-{rank}.log"
-        with self.log_path.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.integration.rank_process", str(path), str(rank), SECRET],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                cwd=_ROOT,
-                text=True,
-            )
+        self._calls, theirs = _FORKS.Pipe()
+        self.process = _Child(theirs, path, rank, self.log_path)
+        theirs.close()
         self._writing = threading.Lock()
         self._numbers = count()
         self._answers: dict[int, Future[Any]] = {}
@@ -63,7 +83,6 @@ class RankProcess:
 
     def begin(self, method: str, *arguments: object) -> Future[Any]:
         """The same, beside other calls. From any thread."""
-        assert self.process.stdin is not None
         answer: Future[Any] = Future()
         answer.set_running_or_notify_cancel()  # it comes, whoever still waits for it
         with self._writing:
@@ -72,22 +91,21 @@ class RankProcess:
                 return answer
             number = next(self._numbers)
             self._answers[number] = answer
-            with suppress(BrokenPipeError):  # which its answers' end tells
-                self.process.stdin.write(
-                    json.dumps({"number": number, "method": method, "arguments": arguments}) + "\n"
+            with suppress(BrokenPipeError, ConnectionResetError):  # which its answers' end tells
+                self._calls.send_bytes(
+                    json.dumps({"number": number, "method": method, "arguments": arguments}).encode()
                 )
-                self.process.stdin.flush()
         return answer
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            told = json.loads(line)
-            answer = self._answers.pop(told["number"])
-            if "error" in told:
-                answer.set_exception(RuntimeError(told["error"]))
-            else:
-                answer.set_result(told["value"])
+        with suppress(EOFError, ConnectionResetError):
+            while True:
+                told = json.loads(self._calls.recv_bytes())
+                answer = self._answers.pop(told["number"])
+                if "error" in told:
+                    answer.set_exception(RuntimeError(told["error"]))
+                else:
+                    answer.set_result(told["value"])
         with self._writing:
             self._gone = True
         for answer in self._answers.values():
@@ -99,10 +117,7 @@ class RankProcess:
         self.process.kill()
         self.process.wait()
         self._reader.join()
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            with suppress(BrokenPipeError):  # what it did not read is lost with it
-                stream.close()
+        self._calls.close()
 
 
 class Engine:
@@ -218,14 +233,15 @@ def engines(folder: Path, settings: Callable[..., EngineSettings]) -> Iterator[S
             engine.end()
 
 
-def _serve(settings_path: str, number: str, secret: str) -> None:
-    # Only answers may go to the pipe; whatever libraries print goes to the log.
-    answers = sys.stdout
-    sys.stdout = sys.stderr
-    values = json.loads(Path(settings_path).read_text())
+def _serve(calls: Connection, settings_path: Path, number: int, log_path: Path) -> None:
+    with log_path.open("w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    logging.basicConfig(level=logging.INFO)
+    values = json.loads(settings_path.read_text())
     scheduling = SchedulingSettings(**values["scheduling"])
     settings = EngineSettings(**{**values, "plan": ParallelPlan(**values["plan"]), "scheduling": scheduling})
-    rank = Rank(int(number), settings, secret.encode())
+    rank = Rank(number, settings, SECRET.encode())
     writing = threading.Lock()
 
     def answer(call: dict[str, Any]) -> None:
@@ -241,15 +257,8 @@ def _serve(settings_path: str, number: str, secret: str) -> None:
         except Exception as error:
             told = {"error": f"{type(error).__name__}: {error}"}
         with writing:
-            answers.write(json.dumps({"number": call["number"], **told}) + "\n")
-            answers.flush()
+            calls.send_bytes(json.dumps({"number": call["number"], **told}).encode())
 
-    for line in sys.stdin:
-        threading.Thread(target=answer, args=(json.loads(line),), daemon=True).start()
-
-
-if __name__ == "__main__":
-    import logging
-
-    logging.basicConfig(level=logging.INFO)
-    _serve(*sys.argv[1:])
+    with suppress(EOFError):  # the test has ended
+        while True:
+            threading.Thread(target=answer, args=(json.loads(calls.recv_bytes()),), daemon=True).start()
