@@ -6,6 +6,7 @@ the tests start a hundred.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import logging
@@ -28,7 +29,7 @@ from workers.parallel.plan import ParallelPlan
 from workers.rank import Rank, RankAddress
 from workers.settings import EngineSettings
 
-__all__ = ["HOST", "SECRET", "Engine", "RankProcess", "StartEngine", "engines", "small_settings"]
+__all__ = ["HOST", "SECRET", "Engine", "RankProcess", "StartEngine", "engines", "expect_idle", "small_settings"]
 
 HOST = "127.0.0.1"
 SECRET = "not much of a secret"
@@ -195,10 +196,33 @@ class Engine:
             rank.end()
 
 
+async def expect_idle(engine: Engine) -> None:
+    """Its ranks use next to nothing of a core, over one second of several: the machine has other work, too."""
+    loads = []
+    for _ in range(5):
+        before_s = _busy_s(engine)
+        await asyncio.sleep(1)  # the claim is about time that passes
+        loads.append((_busy_s(engine) - before_s) / len(engine.ranks))
+        if loads[-1] < 0.02:
+            return
+    raise AssertionError(f"parts of a core: {loads}")
+
+
+def _busy_s(engine: Engine) -> float:
+    """Processor time of all ranks so far."""
+    total = 0.0
+    for rank in engine.ranks:
+        fields = Path(f"/proc/{rank.process.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
 StartEngine = Callable[..., Engine]
 
 
-def small_settings(model: Path, *, step_timeout_s: float, plan: ParallelPlan, **fields: Any) -> EngineSettings:
+def small_settings(
+    model: Path, *, step_timeout_s: float, plan: ParallelPlan, max_model_len: int = 512, **fields: Any
+) -> EngineSettings:
     """For a tiny model in fp32."""
     return EngineSettings(
         engine="e0",
@@ -207,7 +231,7 @@ def small_settings(model: Path, *, step_timeout_s: float, plan: ParallelPlan, **
         plan=plan,
         dtype="float32",
         device="cpu",
-        max_model_len=512,
+        max_model_len=max_model_len,
         max_batch_tokens=64,
         cache_bytes=1 << 22,
         step_timeout_s=step_timeout_s,
