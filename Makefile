@@ -7,7 +7,7 @@
 # make load        a small load against a running server
 # make clean       remove .venv and caches; pulled models stay
 .DEFAULT_GOAL := help
-.PHONY: help install serve test unit check format stubs load clean
+.PHONY: help install serve test unit check lint types format stubs load clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -25,18 +25,24 @@ install: $(STAMP)
 serve: $(STAMP)
 	@exec $(BIN)/shoal serve $(ARGS)
 
+# tests/conftest.py says what runs beside what
 test: $(STAMP)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 unit: $(STAMP)
 	$(BIN)/pytest tests/unit -n auto --dist worksteal $(ARGS)
 
+# All of it whatever fails, the types beside the tests, and pytest's summary at the end.
 check: $(STAMP)
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 lint types test
+
+lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	PYTHON=$(BIN)/python protos/generate.sh --check
-	$(BIN)/pytest $(ARGS)
+
+types: $(STAMP)
+	nice $(BIN)/mypy
 
 format: $(STAMP)
 	$(BIN)/ruff format .

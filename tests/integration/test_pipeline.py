@@ -20,11 +20,13 @@ from scheduler.experts import balanced
 from scheduler.experts_replay import compare, read_recording
 from tests.checkpoints import tiny_deepseek
 from tests.integration.front_door_stream import FrontDoorStream, sampling
-from tests.integration.rank_process import Engine, StartEngine, engines, small_settings
+from tests.integration.rank_process import Engine, StartEngine, engines, expect_idle, small_settings
 from workers.parallel.plan import ParallelPlan
 from workers.settings import EngineSettings
 
-STEP_TIMEOUT_S = 2.0
+STEP_TIMEOUT_S = 20.0  # on a busy machine no rank may be taken for one that hangs
+HANG_S = 2.0
+LONG = 4000  # tokens of a stream that is cut off, however late its reader gets its turn
 PROMPTS = [[1, 5 + number, *range(40, 40 + 7 * number)] for number in range(9)]
 EXTRAS: list[dict[str, Any]] = [
     {},
@@ -41,11 +43,19 @@ EXTRAS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_deepseek(tmp_path_factory.mktemp("model"))
+    return tiny_deepseek(tmp_path_factory.mktemp("model"), max_position_embeddings=4096)
 
 
-def _settings(model: Path, *, deterministic: bool = False, **plan: int) -> EngineSettings:
-    return small_settings(model, step_timeout_s=STEP_TIMEOUT_S, plan=ParallelPlan(**plan), deterministic=deterministic)
+def _settings(
+    model: Path, step_timeout_s: float = STEP_TIMEOUT_S, *, deterministic: bool = False, **plan: int
+) -> EngineSettings:
+    return small_settings(
+        model,
+        step_timeout_s=step_timeout_s,
+        plan=ParallelPlan(**plan),
+        max_model_len=4096,
+        deterministic=deterministic,
+    )
 
 
 @pytest.fixture
@@ -117,7 +127,7 @@ async def test_stages_say_what_one_rank_says(
     _compare(await _generate(addresses), expected)
     assert 0 < engine.ranks[0].call("probe", 10) < 10
     assert "stages over gloo" in engine.ranks[-1].call("status")["collectives"]
-    assert min([await _load_of_a_rank(engine) for _ in range(3)]) < 0.02, "idle stages do nothing"
+    await expect_idle(engine)
     engine.stop()
     assert {rank["reason"] for rank in engine.on_all("status")} <= {"", "stopped"}
 
@@ -179,36 +189,20 @@ def _shuffled(random: Random) -> list[list[int]]:
     return [random.sample(held, len(held)) for held in random.sample(slots, 2)]
 
 
-async def _load_of_a_rank(engine: Engine) -> float:
-    """The part of a core that a rank uses, over a second."""
-    before_s = _busy_s(engine)
-    await asyncio.sleep(1)  # the claim is about time that passes
-    return (_busy_s(engine) - before_s) / len(engine.ranks)
-
-
-def _busy_s(engine: Engine) -> float:
-    """Processor time of all ranks so far."""
-    total = 0.0
-    for rank in engine.ranks:
-        fields = Path(f"/proc/{rank.process.pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
-
-
 @pytest.mark.parametrize(
     ("lost", "how"), [(1, signal.SIGSTOP), (2, signal.SIGKILL)], ids=["the middle one hangs", "the last one is killed"]
 )
 async def test_a_lost_stage_fails_what_is_open_in_time(start: StartEngine, lost: int, how: signal.Signals) -> None:
-    engine = start(pipeline=3)
+    engine = start(pipeline=3, step_timeout_s=HANG_S if how is signal.SIGSTOP else STEP_TIMEOUT_S)
     (address,) = engine.start()
     async with FrontDoorStream(address) as stream:
         for number in range(4):
-            await stream.submit(number, PROMPTS[number], sampling(400))
+            await stream.submit(number, PROMPTS[number], sampling(LONG))
         await stream.until(lambda: all(stream.tokens.get(number) for number in range(4)))
         os.kill(engine.ranks[lost].process.pid, how)
         killed_s = time.monotonic()
         await stream.finish(*range(4))
-        assert time.monotonic() - killed_s < 2 * STEP_TIMEOUT_S + 3
+        assert time.monotonic() - killed_s < STEP_TIMEOUT_S, "a crash is no silence, and a silence ends soon"
         assert set(stream.finishes.values()) == {session_pb2.FINISH_FAILED}
         await stream.until(lambda: stream.ended is not None)
     status = engine.ranks[0].call("status")
@@ -221,11 +215,11 @@ async def test_a_lost_first_stage_frees_the_others(start: StartEngine) -> None:
     (address,) = engine.start()
     first, last = engine.ranks
     async with FrontDoorStream(address) as stream:
-        await stream.submit(1, PROMPTS[1], sampling(400))
+        await stream.submit(1, PROMPTS[1], sampling(LONG))
         await stream.until(lambda: bool(stream.tokens.get(1)))
         first.process.kill()
         killed_s = time.monotonic()
         while last.call("status")["state"] != "broken":
-            assert time.monotonic() - killed_s < STEP_TIMEOUT_S + 2
+            assert time.monotonic() - killed_s < STEP_TIMEOUT_S
             await asyncio.sleep(0.02)
     last.call("stop")

@@ -18,7 +18,8 @@ from tests.integration.rank_process import Engine, StartEngine, engines, small_s
 from workers.parallel.plan import ParallelPlan
 from workers.settings import EngineSettings
 
-STEP_TIMEOUT_S = 2.0
+STEP_TIMEOUT_S = 20.0  # on a busy machine no rank may be taken for one that hangs
+HANG_S = 3.0
 NUM_TOKENS = 150
 PROMPTS = [[1, 5 + number, *range(40, 40 + 7 * number)] for number in range(8)]
 
@@ -30,8 +31,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(model: Path, tmp_path: Path) -> Iterator[StartEngine]:
-    def settings(**plan: int) -> EngineSettings:
-        return small_settings(model, step_timeout_s=STEP_TIMEOUT_S, plan=ParallelPlan(**plan), deterministic=True)
+    def settings(step_timeout_s: float = STEP_TIMEOUT_S, **plan: int) -> EngineSettings:
+        return small_settings(model, step_timeout_s=step_timeout_s, plan=ParallelPlan(**plan), deterministic=True)
 
     with engines(tmp_path, settings) as start_engine:
         yield start_engine
@@ -92,12 +93,12 @@ async def test_a_killed_rank_is_replaced_by_the_others_and_comes_back(start: Sta
     await client.began.wait()
     engine.ranks[3].process.send_signal(signal.SIGKILL)
     killed_s = time.monotonic()
-    reasons = await _wait_for_trouble(engine, [0, 1, 2], 10.0)
+    reasons = await _wait_for_trouble(engine, [0, 1, 2], 60.0)
     assert all(reasons)
     assert time.monotonic() - killed_s < STEP_TIMEOUT_S, "noticed by the closed connection, not by silence"
     sessions = await asyncio.to_thread(engine.regroup, [0, 1, 2])
     assert list(sessions.values()) == addresses[:3], "the streams stay where they are"
-    assert time.monotonic() - killed_s < STEP_TIMEOUT_S + 1
+    assert time.monotonic() - killed_s < STEP_TIMEOUT_S
     await asyncio.to_thread(engine.replace, 3)
     sessions = await asyncio.to_thread(engine.regroup, [0, 1, 2, 3])
     assert await _wait_for_trouble(engine, [0, 1, 2, 3], 0.2) == [""] * 4, "the one that came back forgets its start"
@@ -112,7 +113,7 @@ async def test_a_killed_rank_is_replaced_by_the_others_and_comes_back(start: Sta
 
 
 async def test_a_frozen_rank_is_noticed_by_its_silence_and_the_others_go_on(start: StartEngine) -> None:
-    engine = start(data=4)
+    engine = start(data=4, step_timeout_s=HANG_S)
     addresses = engine.start()
     expected = await Client(addresses).run()
     client = Client(addresses)
@@ -120,9 +121,9 @@ async def test_a_frozen_rank_is_noticed_by_its_silence_and_the_others_go_on(star
     await client.began.wait()
     os.kill(engine.ranks[2].process.pid, signal.SIGSTOP)
     frozen_s = time.monotonic()
-    reasons = await _wait_for_trouble(engine, [0, 1, 3], 10.0)
+    reasons = await _wait_for_trouble(engine, [0, 1, 3], 60.0)
     assert all(reasons)
-    assert STEP_TIMEOUT_S / 2 < time.monotonic() - frozen_s < STEP_TIMEOUT_S + 2
+    assert HANG_S / 2 < time.monotonic() - frozen_s < STEP_TIMEOUT_S
     engine.ranks[2].process.send_signal(signal.SIGKILL)
     await asyncio.to_thread(engine.regroup, [0, 1, 3])
     assert await running == expected
@@ -138,7 +139,7 @@ async def test_one_group_is_left_of_all(start: StartEngine) -> None:
     await client.began.wait()
     for lost in (1, 2):
         engine.ranks[lost].process.send_signal(signal.SIGKILL)
-    await _wait_for_trouble(engine, [0], 10.0)
+    await _wait_for_trouble(engine, [0], 60.0)
     await asyncio.to_thread(engine.regroup, [0])
     assert await running == expected
     with pytest.raises(RuntimeError, match="Outdated"):
@@ -150,7 +151,7 @@ async def test_one_group_is_left_of_all(start: StartEngine) -> None:
 async def test_a_group_of_two_goes_with_its_follower_and_the_other_group_goes_on(
     start: StartEngine, how: signal.Signals
 ) -> None:
-    engine = start(data=2, tensor=2)
+    engine = start(data=2, tensor=2, step_timeout_s=HANG_S if how is signal.SIGSTOP else STEP_TIMEOUT_S)
     addresses = engine.start()
     expected = await Client(addresses).run()
     client = Client(addresses)
@@ -158,11 +159,11 @@ async def test_a_group_of_two_goes_with_its_follower_and_the_other_group_goes_on
     await client.began.wait()
     engine.ranks[3].process.send_signal(how)
     hit_s = time.monotonic()
-    assert all(await _wait_for_trouble(engine, [2], 10.0))
-    assert time.monotonic() - hit_s < STEP_TIMEOUT_S + 1, "a follower's silence counts as a first rank's does"
+    assert all(await _wait_for_trouble(engine, [2], 60.0))
+    assert time.monotonic() - hit_s < STEP_TIMEOUT_S, "a follower's silence counts as a first rank's does"
     for number in (2, 3):  # as the leader does with what is left of a group
         engine.ranks[number].process.send_signal(signal.SIGKILL)
-    assert all(await _wait_for_trouble(engine, [0, 1], 10.0))
+    assert all(await _wait_for_trouble(engine, [0, 1], 60.0))
     await asyncio.to_thread(engine.regroup, [0, 1])
     assert await running == expected
     engine.on_all("stop", numbers=[0, 1])
@@ -194,8 +195,8 @@ async def test_a_pipeline_goes_with_its_last_stage_and_the_other_one_goes_on(sta
 
 async def test_an_idle_group_of_two_notices_a_frozen_rank(start: StartEngine) -> None:
     """No step waits for it, and no other group's beat."""
-    engine = start(tensor=2)
+    engine = start(tensor=2, step_timeout_s=HANG_S)
     engine.start()
     engine.ranks[0].process.send_signal(signal.SIGSTOP)
-    assert all(await _wait_for_trouble(engine, [1], STEP_TIMEOUT_S + 1))
+    assert all(await _wait_for_trouble(engine, [1], STEP_TIMEOUT_S))
     assert engine.ranks[1].call("status")["state"] == "broken"

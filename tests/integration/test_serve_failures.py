@@ -35,10 +35,16 @@ def pair(model: Path) -> Iterator[Served]:
 
 def busy_engine(served: Served) -> tuple[str, int]:
     """The engine that runs a sequence, and its rank's process."""
-    for engine in served.status().engines:
-        if any(group.num_running for group in engine.dp_groups):
-            return engine.name, engine.ranks[0].pid
-    raise AssertionError("no engine runs anything")
+    found: list[tuple[str, int]] = []
+
+    def runs() -> bool:
+        for engine in served.status().engines:
+            if any(group.num_running for group in engine.dp_groups):
+                found.append((engine.name, engine.ranks[0].pid))
+        return bool(found)
+
+    eventually(runs, "an engine runs something")
+    return found[0]
 
 
 def all_ready(served: Served, *, newer_than: dict[str, int]) -> bool:
@@ -136,15 +142,17 @@ def test_tensor_parallel_ranks_die_and_come_back_together(model: Path, pair_toke
         os.kill(engine.ranks[1].pid, signal.SIGKILL)
         rest = [token for chunk in stream for token in chunk.token_ids]
         assert [*first.token_ids, *rest] == served.tokens(PROMPT, max_tokens=300)
-        assert served.status().engines[0].generation == 2
+        eventually(lambda: served.status().engines[0].generation == 2, "both ranks were started again")
         # Twice Ctrl-C does not wait for an open request.
-        endless = served.stream(PROMPT, max_tokens=NUM_TOKENS)
+        endless = served.stream(PROMPT, max_tokens=2 * NUM_TOKENS)
         next(endless)
         served.interrupt()
         eventually(lambda: "draining" in served.output, "draining")
         time.sleep(0.6)  # sooner, it would count as the same wish
         served.interrupt()
-        served.process.wait(timeout=10)
+        served.process.wait(timeout=40)
+        with pytest.raises(grpc.RpcError):
+            list(endless)
         served.expect_nothing_left()
 
 

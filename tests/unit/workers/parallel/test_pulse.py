@@ -147,11 +147,11 @@ def test_a_silent_peer_ends_a_beat_at_the_timeout_and_is_heard_of_while_asleep()
 
 
 def test_a_peer_whose_step_takes_long_is_waited_for() -> None:
-    with _mesh(2, timeout_s=0.1) as groups:
+    with _mesh(2, timeout_s=0.5) as groups:
 
         def work(index: int) -> None:
             if index:
-                time.sleep(0.5)  # a step, five times as long as a silence may be
+                time.sleep(1.5)  # a step, three times as long as a silence may be
             assert groups[index].pulse.beat(1)
 
         assert not _in_threads(groups, work)
