@@ -87,6 +87,9 @@ class AllToAllDispatch:
         alone = self._part[1] == 1
         return self._exchange if alone and isinstance(self._exchange, HostExchange) else None
 
+    def takes_shared(self, num_tokens: int) -> bool:
+        return False
+
     def dispatch(
         self, x_TD: torch.Tensor, routing: Routing, meanwhile: Meanwhile | None = None
     ) -> tuple[ExpertRows, AllToAllHandle]:
@@ -96,7 +99,7 @@ class AllToAllDispatch:
         own = slice(num_tokens * index // parts, num_tokens * (index + 1) // parts)
         if parts > 1:
             x_TD, routing = x_TD[own], Routing(routing.expert_ids[own], routing.weights[own])
-        physical = self._place(routing.expert_ids).flatten()
+        physical = self._place(routing.expert_ids, self._physical).flatten()
         order, counts = self._moves.group(physical, size * slots)
         counts = counts.view(size, slots)
         rows = self._moves.take(x_TD, order, routing.expert_ids.shape[1])
@@ -116,9 +119,9 @@ class AllToAllDispatch:
         out[handle.own] = ours
         return out
 
-    def _place(self, expert_ids: torch.Tensor) -> torch.Tensor:
-        """Physical ids [T, K] of expert ids [T, K]."""
-        if self._physical.shape[1] == 1:
-            return self._physical.take(expert_ids)
+    def _place(self, expert_ids: torch.Tensor, physical: torch.Tensor) -> torch.Tensor:
+        """Physical ids [T, K] of expert ids [T, K]; `physical` [experts, most copies]."""
+        if physical.shape[1] == 1:
+            return physical.take(expert_ids)
         turn = torch.arange(len(expert_ids), device=expert_ids.device).unsqueeze(1) + self._exchange.index
-        return self._physical[expert_ids, turn % self._copies[expert_ids]]
+        return physical[expert_ids, turn % self._copies[expert_ids]]

@@ -21,6 +21,7 @@ from workers.parallel.moves import RowMoves, TorchMoves
 
 __all__ = [
     "Dispatch",
+    "EveryonesRows",
     "ExpertRows",
     "LocalDispatch",
     "LocalHandle",
@@ -39,16 +40,25 @@ class Routing(NamedTuple):
     weights: torch.Tensor
 
 
+class EveryonesRows(NamedTuple):
+    """Rows that go through the shared experts' inner values `first` to `last` here, and through the rest elsewhere."""
+
+    rows: int
+    first: int
+    last: int
+
+
 class ExpertRows(NamedTuple):
     """Rows [R, D] grouped by local expert, and how many belong to each of them.
 
     `ends` [experts] int32 says on the device where each one's rows end, and `counts` is empty then
-    (`static_dispatch.py`).
+    (`static_dispatch.py`). `every` are rows behind those of the experts.
     """
 
     x_RD: torch.Tensor
     counts: list[int]
     ends: torch.Tensor | None = None
+    every: EveryonesRows | None = None
 
 
 HandleT = TypeVar("HandleT")
@@ -70,6 +80,12 @@ class Neighbourhood(Protocol):
 
     def rows(self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor: ...
 
+    def surveyed_rows(
+        self, x: torch.Tensor, counts: torch.Tensor, meanwhile: Meanwhile | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `counted_rows`, but with every rank's whole `counts` [size, size, n], the first index the sender's."""
+        ...
+
 
 class Dispatch(Protocol, Generic[HandleT]):
     """The seam; `handle` is opaque, frozen, and good for one `combine`.
@@ -85,6 +101,10 @@ class Dispatch(Protocol, Generic[HandleT]):
     @property
     def neighbours(self) -> Neighbourhood | None:
         """The other ranks, where all share a host's memory and each has tokens of its own."""
+        ...
+
+    def takes_shared(self, num_tokens: int) -> bool:
+        """Whether what is combined for so many tokens of this rank has the shared experts' outputs in it."""
         ...
 
     def dispatch(
@@ -113,6 +133,9 @@ class LocalDispatch:
     def __init__(self, num_experts: int, moves: RowMoves | None = None) -> None:
         self._num_experts = num_experts
         self._moves = moves or TorchMoves()
+
+    def takes_shared(self, num_tokens: int) -> bool:
+        return False
 
     def dispatch(
         self, x_TD: torch.Tensor, routing: Routing, meanwhile: Meanwhile | None = None
@@ -153,6 +176,9 @@ class ShareDispatch:
         slots = torch.full((num_experts,), len(held))  # behind the last slot: another rank's
         slots[list(held)] = torch.arange(len(held))
         self._slots = slots.to(device)
+
+    def takes_shared(self, num_tokens: int) -> bool:
+        return False
 
     def dispatch(
         self, x_TD: torch.Tensor, routing: Routing, meanwhile: Meanwhile | None = None
