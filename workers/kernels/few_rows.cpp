@@ -26,14 +26,16 @@ namespace {
 constexpr int64_t kMost = 16;     // rows of a call
 constexpr int64_t kAhead = 1024;  // elements to prefetch ahead: 2 KiB, further than the processor does by itself
 constexpr int64_t kTiledAhead = 2048;
+constexpr int64_t kPassed = 128;  // inputs whose weights are passed over again for more rows: 16 KiB at most
 
-// The sums of a block's UNIT outputs for each row.
+// Adds some inputs' part to the sums of a block's UNIT outputs for each row, or begins with it.
 template <int UNIT, int ROWS>
-void block(const uint16_t* w, const uint16_t* x, int64_t x_row, int64_t depth, float* sums) {
+void block(const uint16_t* w, const uint16_t* x, int64_t x_row, int64_t depth, float* sums, bool begins) {
   constexpr int kVectors = UNIT / 16;
   __m512 acc[ROWS][kVectors];
-  for (auto& row : acc)
-    for (auto& sum : row) sum = _mm512_setzero_ps();
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < kVectors; ++v)
+      acc[r][v] = begins ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * UNIT + 16 * v);
   for (int64_t k = 0; k < depth; k += 2, w += 2 * UNIT) {
     __m512bh part[kVectors];
     for (int v = 0; v < kVectors; ++v) {
@@ -104,26 +106,37 @@ bool may_tile() { return false; }
 #endif
 
 template <int UNIT>
+void rows_block(const uint16_t* w, const uint16_t* x, int64_t x_row, int64_t rows, int64_t depth, float* sums,
+                bool begins) {
+  switch (rows) {
+    case 1: return block<UNIT, 1>(w, x, x_row, depth, sums, begins);
+    case 2: return block<UNIT, 2>(w, x, x_row, depth, sums, begins);
+    case 3: return block<UNIT, 3>(w, x, x_row, depth, sums, begins);
+    case 4: return block<UNIT, 4>(w, x, x_row, depth, sums, begins);
+    case 5: return block<UNIT, 5>(w, x, x_row, depth, sums, begins);
+    case 6: return block<UNIT, 6>(w, x, x_row, depth, sums, begins);
+  }
+  if constexpr (kAtOnce<UNIT> > 6) {
+    if (rows == 7) return block<UNIT, 7>(w, x, x_row, depth, sums, begins);
+    return block<UNIT, 8>(w, x, x_row, depth, sums, begins);
+  }
+}
+
+template <int UNIT>
 void any_block(const uint16_t* w, const uint16_t* x, int64_t x_row, int64_t rows, int64_t depth, float* sums) {
 #ifdef __AMX_BF16__
   if (UNIT == kTiledUnit && rows >= kFewestTiled && may_tile()) return tiled_block(w, x, x_row, rows, depth, sums);
 #endif
-  // More rows are further passes over a block, which is in the cache by then.
-  for (int64_t passes = (rows + kAtOnce<UNIT> - 1) / kAtOnce<UNIT>; passes > 0; --passes) {
-    const int64_t now = (rows + passes - 1) / passes;
-    switch (now) {
-      case 1: block<UNIT, 1>(w, x, x_row, depth, sums); break;
-      case 2: block<UNIT, 2>(w, x, x_row, depth, sums); break;
-      case 3: block<UNIT, 3>(w, x, x_row, depth, sums); break;
-      case 4: block<UNIT, 4>(w, x, x_row, depth, sums); break;
-      case 5: block<UNIT, 5>(w, x, x_row, depth, sums); break;
-      case 6: block<UNIT, 6>(w, x, x_row, depth, sums); break;
-      case 7: block<UNIT, kAtOnce<UNIT> < 7 ? 1 : 7>(w, x, x_row, depth, sums); break;
-      default: block<UNIT, kAtOnce<UNIT> < 8 ? 1 : 8>(w, x, x_row, depth, sums);
+  if (rows <= kAtOnce<UNIT>) return rows_block<UNIT>(w, x, x_row, rows, depth, sums, true);
+  // More rows are further passes over some inputs' weights, which are in the nearest cache by then.
+  for (int64_t k = 0; k == 0 || k < depth; k += kPassed) {
+    const int64_t inputs = std::min(kPassed, depth - k);
+    int64_t done = 0;
+    for (int64_t passes = (rows + kAtOnce<UNIT> - 1) / kAtOnce<UNIT>; passes > 0; --passes) {
+      const int64_t now = (rows - done + passes - 1) / passes;
+      rows_block<UNIT>(w + k * UNIT, x + done * x_row + k, x_row, now, inputs, sums + done * UNIT, k == 0);
+      done += now;
     }
-    rows -= now;
-    x += now * x_row;
-    sums += now * UNIT;
   }
 }
 
@@ -133,8 +146,9 @@ inline void narrow(uint16_t* to, const float* from, int64_t count) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
 }
 
+// An exponential without end would make no number of the quotient: -ffast-math divides by way of a reciprocal.
 inline void gate(float* g, const float* u, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) g[i] = g[i] / (1.0f + std::exp(-g[i])) * u[i];
+  for (int64_t i = 0; i < count; ++i) g[i] = g[i] / (1.0f + std::exp(std::min(-g[i], 80.0f))) * u[i];
 }
 
 // `inner` values of a gated MLP that has `whole` of them; the addresses are those of the first one's weights.

@@ -14,6 +14,7 @@ from workers.kernels.cpu import PackedKernels
 from workers.kernels.few_rows import FewRows
 from workers.kernels.native import NativeKernels, find_native
 from workers.kernels.quantized import quantize_int8
+from workers.kernels.seam import MLPPart
 from workers.model.experts import Experts
 from workers.parallel.dispatch import ExpertRows
 
@@ -114,6 +115,47 @@ def test_experts_at_once_are_those_one_by_one(products: FewRows, counts: list[in
     rows = ExpertRows(_random(sum(counts), hidden, seed=7), counts)
     expected = onednn(rows).float()
     assert (native(rows).float() - expected).abs().max() <= 2 * STEP * expected.abs().max()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 6, 8, 13, 16])
+def test_parts_of_a_gated_mlp_add_up_to_it(products: FewRows, rows: int, threads: int) -> None:
+    hidden, inner = 96, 160
+    gate_up, down_weight = _random(2 * inner, hidden, seed=1) * 0.2, _random(hidden, inner, seed=2) * 0.2
+    gated, down = products.gated_linear(gate_up.clone(), None), products.linear(down_weight.clone(), None)
+    assert gated is not None
+    assert down is not None
+    limits = products.mlp_parts(gated, down)
+    assert limits is not None
+    assert (limits.rows, limits.inner) == (16, inner)
+    x, own = _random(rows, hidden, seed=3), _random(2, hidden, seed=4)
+    gate, up = F.linear(x.float(), gate_up.float()).chunk(2, dim=-1)
+    expected = F.linear(F.silu(gate) * up, down_weight.float())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        total = torch.zeros_like(expected)
+        for first, last in ((0, limits.step), (limits.step, limits.step), (limits.step, inner)):
+            part = MLPPart(gated, down, first, last, rows)
+            alone = products.experts((), x, (), part)
+            assert alone is not None
+            beside = products.experts([(gated, down)], torch.cat((own, x)), [2], part)
+            assert beside is not None
+            assert torch.equal(beside[2:], alone), "what is computed beside it does not matter"
+            assert bool(alone.any()) == (last > first)
+            total += alone.float()
+    finally:
+        torch.set_num_threads(before)
+    assert (total - expected).abs().max() <= 2 * STEP * expected.abs().max()
+
+
+def test_large_gates_are_numbers(products: FewRows) -> None:
+    """A gate far below zero lets nothing through, and the exponential that says so has no end."""
+    gated = products.gated_linear(torch.cat((torch.full((32, 32), 10.0), torch.ones(32, 32))).bfloat16(), None)
+    assert gated is not None
+    x = torch.tensor([[-1.0] * 32, [1.0] * 32]).bfloat16()
+    expected = torch.tensor([[0.0] * 32, [320.0 * 32] * 32]).bfloat16()
+    torch.testing.assert_close(gated(x), expected, atol=1e-20, rtol=0.0)
 
 
 def test_what_it_is_not_for_stays_onednns(products: FewRows) -> None:
