@@ -23,7 +23,7 @@ __all__ = ["AllToAllDispatch", "AllToAllHandle"]
 class AllToAllHandle:
     """The way back. `own`: which of the tokens are this rank's to send. `order` [T * K]: which flat (token, choice)
     each sent row is; `arrival` [R]: where each computed row lay when it arrived; `sent` and `received` are row counts
-    by rank.
+    by rank. `plain`: how many choices of weight one follow the K.
     """
 
     own: slice
@@ -33,6 +33,7 @@ class AllToAllHandle:
     sent: list[int]
     received: list[int]
     weights: torch.Tensor
+    plain: int = 0
 
 
 class AllToAllDispatch:
@@ -84,6 +85,11 @@ class AllToAllDispatch:
 
     @property
     def neighbours(self) -> Neighbourhood | None:
+        return self._host
+
+    @property
+    def _host(self) -> HostExchange | None:
+        """The exchange, where it is one of ranks with tokens of their own on one host."""
         alone = self._part[1] == 1
         return self._exchange if alone and isinstance(self._exchange, HostExchange) else None
 
@@ -112,7 +118,7 @@ class AllToAllDispatch:
 
     def combine(self, y_RD: torch.Tensor, handle: AllToAllHandle) -> torch.Tensor:
         back = self._exchange.rows(self._moves.put(y_RD, handle.arrival), handle.received, handle.sent)
-        ours = self._moves.weighted_sum(back, handle.order, handle.weights)
+        ours = self._moves.weighted_sum(back, handle.order, handle.weights, handle.plain)
         if len(ours) == handle.num_tokens:
             return ours
         out = ours.new_zeros(handle.num_tokens, ours.shape[-1])

@@ -80,12 +80,6 @@ class Neighbourhood(Protocol):
 
     def rows(self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor: ...
 
-    def surveyed_rows(
-        self, x: torch.Tensor, counts: torch.Tensor, meanwhile: Meanwhile | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `counted_rows`, but with every rank's whole `counts` [size, size, n], the first index the sender's."""
-        ...
-
 
 class Dispatch(Protocol, Generic[HandleT]):
     """The seam; `handle` is opaque, frozen, and good for one `combine`.

@@ -53,7 +53,7 @@ class HostExchange:
     def surveyed_rows(
         self, x: torch.Tensor, counts: torch.Tensor, meanwhile: Meanwhile | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Neighbourhood`."""
+        """As `counted_rows`, but with every rank's whole `counts` [size, size, n], the first index the sender's."""
         counts = counts.contiguous()
         return self._told_rows(x.contiguous(), counts, counts.repeat(self.size, 1, 1), Told.ALL, meanwhile)
 

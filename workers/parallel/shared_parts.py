@@ -49,10 +49,8 @@ class SharedPartsDispatch(AllToAllDispatch):
     ) -> None:
         super().__init__(exchange, placement, device=device, moves=moves)
         self._shared = shared
-        size, slots = exchange.size, self._slots
         # Behind each rank's slots there is one for everyone's rows.
-        self._wide = self._physical + self._physical // slots
-        self._every = torch.arange(size).mul_(slots + 1).add_(slots)
+        self._wide = self._physical + self._physical // self._slots
 
     @classmethod
     def instead_of(cls, dispatch: AllToAllDispatch, shared: SharedWork) -> SharedPartsDispatch:
@@ -66,41 +64,38 @@ class SharedPartsDispatch(AllToAllDispatch):
         return SharedPartsDispatch(self._shared, exchange, placement, device=self._device, moves=self._moves)
 
     def takes_shared(self, num_tokens: int) -> bool:
-        return num_tokens * self._exchange.size <= self._shared.rows and self.neighbours is not None
+        return num_tokens * self._exchange.size <= self._shared.rows and self._host is not None
 
     def dispatch(
         self, x_TD: torch.Tensor, routing: Routing, meanwhile: Meanwhile | None = None
     ) -> tuple[ExpertRows, AllToAllHandle]:
-        ranks = self.neighbours
+        ranks = self._host
         if ranks is None:
             return super().dispatch(x_TD, routing, meanwhile)
         size, width, num_tokens = ranks.size, self._slots + 1, len(x_TD)
-        places, weights = self._place(routing.expert_ids, self._wide), routing.weights
-        if self.takes_shared(num_tokens):
-            places = torch.cat((places, self._every.expand(num_tokens, size)), 1)
-            weights = torch.cat((weights, weights.new_ones(num_tokens, size)), 1)
-        order, counts = self._moves.group(places.flatten(), size * width)
-        counts = counts.view(size, width)
-        rows, told = ranks.surveyed_rows(self._moves.take(x_TD, order, places.shape[1]), counts, meanwhile)
-        arrived = told[:, ranks.index].contiguous()
-        arrival, per_slot = self._moves.merge(arrived)
-        *routed, count = per_slot.tolist()
-        every = EveryonesRows(count, *self._inner(told)) if count else None
+        together = self.takes_shared(num_tokens)
+        places = self._place(routing.expert_ids, self._wide)
+        rows, order, counts = self._moves.spread(x_TD, places, size * width, width if together else 0)
+        rows, told = ranks.surveyed_rows(rows, counts.view(size, width), meanwhile)
+        arrival, _ = self._moves.merge(told[:, ranks.index])
+        survey = self._moves.survey(told, ranks.index)
+        *routed, every = survey.per_slot
         handle = AllToAllHandle(
             slice(0, num_tokens),
             num_tokens,
             order,
             arrival,
-            counts.sum(dim=1).tolist(),
-            arrived.sum(dim=1).tolist(),
-            weights,
+            survey.sent,
+            survey.received,
+            routing.weights,
+            plain=size if together else 0,
         )
-        return ExpertRows(self._moves.take(rows, arrival, 1), routed[: self._ours], every=every), handle
+        part = EveryonesRows(every, *self._inner(survey.chosen)) if every else None
+        return ExpertRows(self._moves.take(rows, arrival, 1), routed[: self._ours], every=part), handle
 
-    def _inner(self, told: torch.Tensor) -> tuple[int, int]:
-        """This rank's inner values, by what all ranks have told; all of them come to the same."""
+    def _inner(self, chosen: Sequence[int]) -> tuple[int, int]:
+        """This rank's inner values, by how many experts are chosen on each; all ranks come to the same."""
         shared, index = self._shared, self._exchange.index
-        chosen = told.sum(dim=0)[:, :-1].count_nonzero(dim=1).tolist()
         # The last step may be a short one.
         steps = fill([count * shared.expert_inner // shared.step for count in chosen], -(-shared.inner // shared.step))
         before = sum(steps[:index])
