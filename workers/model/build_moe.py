@@ -36,7 +36,7 @@ def build_moe(parts: Parts, layer: int, dispatch: Dispatch[Any]) -> MoE:
         shared = SharedExperts(gate_up, down)
         limits = parts.kernels.mlp_parts(gate_up, down)
         # A rank of a tensor axis has its own part of the shared experts already.
-        if limits is not None and type(dispatch) is AllToAllDispatch and parts.shard.size == 1:
+        if limits is not None and isinstance(dispatch, AllToAllDispatch) and parts.shard.size == 1:
             work = SharedWork(limits.rows, limits.inner, limits.step, moe.expert_size)
             dispatch = SharedPartsDispatch.instead_of(dispatch, work)
     return MoE(
