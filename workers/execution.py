@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from protos.shoal.v1 import session_pb2
-from scheduler.plan import StepPlan, StepResult
+from scheduler.plan import ScheduledSequence, StepPlan, StepResult
 from workers.inputs import StepInputs
 from workers.loop import STOPPED
 from workers.parallel.channel import PlanReceiver, PlanSender
@@ -88,6 +88,10 @@ class FirstRank:
             self._sender.send(message)
         logits = self._runner.forward(inputs)
         assert logits is not None, "no logits at the first rank"
+        if self._pulse is not None and (going_on := sum(map(_goes_on, plan.sequences))):
+            # The others hear of it while tokens are sampled and the next step is planned. Where all end early after
+            # all, this group joins a step without tokens.
+            self._pulse.announce(going_on)
         return self._sampler.sample(logits, plan)
 
     def _beat(self, num_tokens: int) -> bool:
@@ -107,6 +111,11 @@ class FirstRank:
             return
         with contextlib.suppress(OSError):
             self._sender.send(session_pb2.StepPlan(generation=self._sender.generation, stop=True))
+
+
+def _goes_on(sequence: ScheduledSequence) -> bool:
+    """Whether another step will follow, as far as can be told before this one's token is known."""
+    return not sequence.samples or sequence.position + 1 < sequence.sampling.max_tokens
 
 
 class Follower:

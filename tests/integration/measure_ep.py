@@ -11,6 +11,7 @@ import asyncio
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,9 +82,9 @@ async def _run(addresses: list[str], work: _Work, random: Random) -> float:
     return work.num_tokens / (max(end for _, end in marks) - min(start for start, _ in marks))
 
 
-def measure(folder: Path, rounds: int) -> Findings:
+def measure(folder: Path, rounds: int, works: Sequence[_Work] = WORK) -> Findings:
     random = Random(0)
-    found: dict[str, tuple[list[float], list[float]]] = {work.what: ([], []) for work in WORK}
+    found: dict[str, tuple[list[float], list[float]]] = {work.what: ([], []) for work in works}
     plans = (("spread", ParallelPlan(data=2), 1), ("single", ParallelPlan(), 2))
     with ExitStack() as stack:
         loop = stack.enter_context(asyncio.Runner())  # gRPC minds being taken from one event loop to another
@@ -95,7 +96,7 @@ def measure(folder: Path, rounds: int) -> Findings:
         addresses = [engine.start() for engine in engines]
         kind = engines[0].ranks[0].call("status")["dispatch"]
         for number in range(rounds + 1):  # the first one warms up
-            for work in WORK:
+            for work in works:
                 for index, per_engine in enumerate(addresses):
                     time.sleep(_SETTLE_S)
                     rate = loop.run(_run(per_engine, work, random))
@@ -115,7 +116,7 @@ def measure(folder: Path, rounds: int) -> Findings:
                 peers=tuple(found[work.what][1]),
                 goal=work.goal,
             )
-            for work in WORK
+            for work in works
         ),
         facts={"model": "0.7 B parameters in DeepSeek-V3's form, random weights, bfloat16", "dispatch": kind},
     )
@@ -125,9 +126,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model-path", type=Path, help="another model; by default the one of random weights")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="only the work whose name begins so, as in '16 at once'")
     options = begin(parser)
+    works = [work for work in WORK if work.what.startswith(options.only)]
+    if not works:
+        parser.error(f"--only {options.only}: the work is {'; '.join(work.what for work in WORK)}")
     folder = options.model_path or random_model("v3-0.7b", "--tokenizer-from", str(DEFAULT_MODEL))
-    deliver(measure(folder, options.rounds), options)
+    deliver(measure(folder, options.rounds, works), options)
     return 0
 
 

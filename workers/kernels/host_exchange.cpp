@@ -74,7 +74,12 @@ bool hear(Link& link, int64_t* head, int64_t head_bytes, Trouble& trouble) {
 
 extern "C" {
 
-// Sends each other rank its rows of x, in the order of ranks: `counts` [size, n] of them, told with them where `told`.
+// What is told with rows: nothing, how many they are [n], or the sender's counts for all ranks [size, n].
+enum Told { kNothing = 0, kTheirs = 1, kAll = 2 };
+
+int64_t head_words(int64_t told, int64_t size, int64_t n) { return told == kAll ? size * n : told == kTheirs ? n : 0; }
+
+// Sends each other rank its rows of x, in the order of ranks: `counts` [size, n] of them, and with them what is `told`.
 // `links` [size], null for this rank. kLong, and nothing has been sent, where that is more than a piece.
 int64_t shoal_post(Link* const* links, int64_t size, const uint8_t* x, int64_t width, const int64_t* counts, int64_t n,
                    int64_t told) {
@@ -90,7 +95,8 @@ int64_t shoal_post(Link* const* links, int64_t size, const uint8_t* x, int64_t w
       Message message{static_cast<uint64_t>(link->generation), static_cast<uint64_t>(link->put),
                       static_cast<uint64_t>(link->taken), static_cast<uint64_t>(bytes), 0};
       iovec parts[2] = {{&message, sizeof message},
-                        {const_cast<int64_t*>(counts + rank * n), static_cast<size_t>(n) * 8}};
+                        {const_cast<int64_t*>(told == kAll ? counts : counts + rank * n),
+                         static_cast<size_t>(head_words(told, size, n)) * 8}};
       msghdr whole{};
       whole.msg_iov = parts;
       whole.msg_iovlen = told ? 2 : 1;
@@ -104,8 +110,8 @@ int64_t shoal_post(Link* const* links, int64_t size, const uint8_t* x, int64_t w
   return kNone;
 }
 
-// Waits for a piece from each other rank. With `told`, their counts come into `arrived` [size, n], beside this rank's
-// own. Looks again and again for `spin_s`, giving its core to whoever wants it, before it sleeps. kLong where a whole is
+// Waits for a piece from each other rank. What they have `told` comes into `arrived` [size, n] or [size, size, n], beside
+// this rank's own. Looks again and again for `spin_s`, giving its core to whoever wants it, before it sleeps. kLong where a whole is
 // more than a piece: all of the first pieces have come.
 int64_t shoal_hear(Link* const* links, int64_t size, int64_t* arrived, int64_t n, int64_t told, double spin_s,
                    double timeout_s) {
@@ -116,12 +122,13 @@ int64_t shoal_hear(Link* const* links, int64_t size, int64_t* arrived, int64_t n
       busy.push_back(rank);
     }
   const double started_s = now_s();
+  const int64_t words = head_words(told, size, n);
   int64_t found = kNone;
   while (true) {
     size_t left = 0;
     for (const int64_t rank : busy) {
       Trouble trouble = kNone;
-      if (!hear(*links[rank], arrived + rank * n, told ? n * 8 : 0, trouble)) {
+      if (!hear(*links[rank], arrived + rank * words, words * 8, trouble)) {
         busy[left++] = rank;
         continue;
       }

@@ -22,7 +22,7 @@ from workers.kernels.few_rows import FewRows
 from workers.kernels.latent import HeadProjections
 from workers.kernels.quantized import Weight
 from workers.kernels.routing import NativeMoves, NativeRouting
-from workers.kernels.seam import GatedLinear, Linear, Norm, PartialLinear
+from workers.kernels.seam import GatedLinear, Linear, MLPPart, Norm, PartialLinear, PartLimits
 from workers.model.moe_config import GateRule
 from workers.parallel.dispatch import Routing
 from workers.step import DecodeGroup
@@ -118,9 +118,16 @@ class NativeKernels(PackedKernels):
         return self._few_rows.in_parts(linear)
 
     def few_rows_experts(
-        self, experts: Sequence[tuple[GatedLinear, Linear]], x: torch.Tensor, counts: Sequence[int]
+        self,
+        experts: Sequence[tuple[GatedLinear, Linear]],
+        x: torch.Tensor,
+        counts: Sequence[int],
+        part: MLPPart | None = None,
     ) -> torch.Tensor | None:
-        return self._few_rows.experts(experts, x, counts)
+        return self._few_rows.experts(experts, x, counts, part)
+
+    def mlp_parts(self, gated: GatedLinear, down: Linear) -> PartLimits | None:
+        return self._few_rows.mlp_parts(gated, down)
 
     def choose_experts(
         self, logits: torch.Tensor, rule: GateRule, correction_bias: torch.Tensor | None = None

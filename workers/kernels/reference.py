@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from workers.cache import LayerCache
 from workers.kernels.quantized import QuantizedLinear, Weight
-from workers.kernels.seam import GatedLinear, Linear, Norm, PartialLinear
+from workers.kernels.seam import GatedLinear, Linear, MLPPart, Norm, PartialLinear, PartLimits
 from workers.model.gate import choose_experts
 from workers.model.moe_config import GateRule
 from workers.parallel.dispatch import Routing
@@ -83,8 +83,15 @@ class ReferenceKernels:
         return None
 
     def few_rows_experts(
-        self, experts: Sequence[tuple[GatedLinear, Linear]], x: torch.Tensor, counts: Sequence[int]
+        self,
+        experts: Sequence[tuple[GatedLinear, Linear]],
+        x: torch.Tensor,
+        counts: Sequence[int],
+        part: MLPPart | None = None,
     ) -> torch.Tensor | None:
+        return None
+
+    def mlp_parts(self, gated: GatedLinear, down: Linear) -> PartLimits | None:
         return None
 
     moves: RowMoves = TorchMoves()

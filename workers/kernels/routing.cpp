@@ -115,6 +115,48 @@ void shoal_merge(int64_t* order, int64_t* counts, const int64_t* arrived, int64_
   }
 }
 
+// Each token's row of x [tokens, width bytes], `x_row` apart, once for each of its choices, sorted by where they go, and
+// in the order of tokens there. Choices are `places` [tokens, top_k] of `num_places`, and with `slots` one more each:
+// the last of every `slots` places. order [rows]: the flat (token, choice) of each row; counts [num_places].
+void shoal_spread(uint8_t* out, int64_t* order, int64_t* counts, const uint8_t* x, int64_t x_row, const int64_t* places,
+                  int64_t tokens, int64_t top_k, int64_t num_places, int64_t slots, int64_t width) {
+  const int64_t more = slots ? num_places / slots : 0, choices = top_k + more;
+  const auto place = [&](int64_t t, int64_t k) {
+    return k < top_k ? places[t * top_k + k] : (k - top_k + 1) * slots - 1;
+  };
+  std::fill_n(counts, num_places, 0);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t k = 0; k < choices; ++k) ++counts[place(t, k)];
+  std::vector<int64_t> next(num_places);
+  for (int64_t p = 0, sum = 0; p < num_places; sum += counts[p++]) next[p] = sum;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t k = 0; k < choices; ++k) {
+      const int64_t row = next[place(t, k)]++;
+      order[row] = t * choices + k;
+      std::memcpy(out + row * width, x + t * x_row, width);
+    }
+}
+
+// What rank `index` makes of `told` [ranks, ranks, slots], how many rows each rank sends to each for each slot: how many
+// come here for each slot [slots], how many it sends to and gets from each rank [ranks] each, and how many of each
+// rank's slots but the last any rank sends something to [ranks].
+void shoal_survey(int64_t* per_slot, int64_t* sent, int64_t* received, int64_t* chosen, const int64_t* told, int64_t index,
+                  int64_t ranks, int64_t slots) {
+  const auto at = [&](int64_t from, int64_t to) { return told + (from * ranks + to) * slots; };
+  std::fill_n(per_slot, slots, 0);
+  for (int64_t r = 0; r < ranks; ++r) {
+    sent[r] = received[r] = chosen[r] = 0;
+    for (int64_t s = 0; s < slots; ++s) {
+      sent[r] += at(index, r)[s];
+      received[r] += at(r, index)[s];
+      per_slot[s] += at(r, index)[s];
+      int64_t any = 0;
+      for (int64_t from = 0; from < ranks && s + 1 < slots; ++from) any |= at(from, r)[s];
+      chosen[r] += any != 0;
+    }
+  }
+}
+
 // out[r] = x[order[r] / shared], rows of `width` bytes, those of x `x_row` bytes apart.
 void shoal_take(uint8_t* out, const uint8_t* x, int64_t x_row, const int64_t* order, int64_t shared, int64_t rows,
                 int64_t width, int64_t threads) {
@@ -129,22 +171,23 @@ void shoal_put(uint8_t* out, const uint8_t* y, const int64_t* places, int64_t ro
 }
 
 // out[t] = sum over k of weights[t, k] * y[row of (t, k)], in fp32 from left to right. order[r] is the flat (t, k) of
-// row r; a choice without a row counts as zeros.
+// row r; a choice without a row counts as zeros. The `plain` choices behind the others have a weight of one.
 void shoal_weighted_sum(uint16_t* out, const uint16_t* y, const int64_t* order, const float* weights, int64_t rows,
-                        int64_t tokens, int64_t top_k, int64_t width, int64_t threads) {
-  std::vector<int64_t> row_of(tokens * top_k, -1);
+                        int64_t tokens, int64_t top_k, int64_t plain, int64_t width, int64_t threads) {
+  const int64_t choices = top_k + plain;
+  std::vector<int64_t> row_of(tokens * choices, -1);
   for (int64_t r = 0; r < rows; ++r) row_of[order[r]] = r;
-#pragma omp parallel num_threads(threads) if (threads > 1 && tokens * top_k >= kManyRows)
+#pragma omp parallel num_threads(threads) if (threads > 1 && tokens * choices >= kManyRows)
   {
     std::vector<float> sums(width);
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; ++t) {
       std::fill(sums.begin(), sums.end(), 0.0f);
-      for (int64_t k = 0; k < top_k; ++k) {
-        const int64_t row = row_of[t * top_k + k];
+      for (int64_t k = 0; k < choices; ++k) {
+        const int64_t row = row_of[t * choices + k];
         if (row < 0) continue;
         const uint16_t* from = y + row * width;
-        const float weight = weights[t * top_k + k];
+        const float weight = k < top_k ? weights[t * top_k + k] : 1.0f;
         for (int64_t d = 0; d < width; ++d) sums[d] += weight * widen(from[d]);
       }
       for (int64_t d = 0; d < width; ++d) out[t * width + d] = narrow(sums[d]);

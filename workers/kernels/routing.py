@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 
 import torch
 
 from workers.model.moe_config import GateRule
 from workers.parallel.dispatch import Routing
-from workers.parallel.moves import weighted_sum
+from workers.parallel.moves import Survey, weighted_sum
 
 __all__ = ["NativeMoves", "NativeRouting"]
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_WORD = 8
 _TYPES = {
     # ids, weights, logits, bias, rows, experts, groups, groups kept, top k, sigmoid, normalize, scale, threads
     "shoal_choose": (*(_POINTER,) * 4, *(_INT,) * 7, _FLOAT, _INT),
@@ -20,7 +22,10 @@ _TYPES = {
     "shoal_merge": (*(_POINTER,) * 3, *(_INT,) * 2),
     "shoal_take": (_POINTER, _POINTER, _INT, _POINTER, *(_INT,) * 4),
     "shoal_put": (*(_POINTER,) * 3, *(_INT,) * 3),
-    "shoal_weighted_sum": (*(_POINTER,) * 4, *(_INT,) * 5),
+    # out, order, counts, x, x_row, places, tokens, top k, places there are, slots, width
+    "shoal_spread": (*(_POINTER,) * 4, _INT, _POINTER, *(_INT,) * 5),
+    "shoal_survey": (*(_POINTER,) * 5, *(_INT,) * 3),
+    "shoal_weighted_sum": (*(_POINTER,) * 4, *(_INT,) * 6),
 }
 
 
@@ -64,6 +69,7 @@ class NativeMoves:
         self._group, self._merge = library.shoal_group, library.shoal_merge
         self._take, self._put = library.shoal_take, library.shoal_put
         self._weighted_sum = library.shoal_weighted_sum
+        self._spread, self._survey = library.shoal_spread, library.shoal_survey
 
     def group(self, slots: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
         slots = slots.contiguous()
@@ -103,9 +109,48 @@ class NativeMoves:
         self._put(out.data_ptr(), y.data_ptr(), places.data_ptr(), rows, width * y.itemsize, torch.get_num_threads())
         return out
 
-    def weighted_sum(self, y_RD: torch.Tensor, order: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    def spread(
+        self, x: torch.Tensor, places_TK: torch.Tensor, num_places: int, slots: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        places = places_TK.contiguous()
+        tokens, top_k = places.shape
+        rows, width = tokens * (top_k + (num_places // slots if slots else 0)), x.shape[1]
+        out, order, counts = x.new_empty(rows, width), places.new_empty(rows), places.new_empty(num_places)
+        size = x.itemsize
+        self._spread(
+            out.data_ptr(),
+            order.data_ptr(),
+            counts.data_ptr(),
+            x.data_ptr(),
+            x.stride(0) * size,
+            places.data_ptr(),
+            tokens,
+            top_k,
+            num_places,
+            slots,
+            width * size,
+        )
+        return out, order, counts
+
+    def survey(self, told: torch.Tensor, index: int) -> Survey:
+        told = told.contiguous()
+        ranks, _, slots = told.shape
+        numbers = array("q", bytes((slots + 3 * ranks) * _WORD))
+        at = numbers.buffer_info()[0]
+        sent_at = at + slots * _WORD
+        ends = [sent_at + rank * _WORD for rank in (0, ranks, 2 * ranks)]
+        self._survey(at, *ends, told.data_ptr(), index, ranks, slots)
+        found = numbers.tolist()
+        sums = found[slots:]
+        return Survey(found[:slots], sums[:ranks], sums[ranks : 2 * ranks], sums[2 * ranks :])
+
+    def weighted_sum(
+        self, y_RD: torch.Tensor, order: torch.Tensor, weights_TK: torch.Tensor, plain: int = 0
+    ) -> torch.Tensor:
         if y_RD.dtype != torch.bfloat16:
-            return weighted_sum(y_RD, order, weights_TK)
+            return weighted_sum(y_RD, order, weights_TK, plain)
         y, weights = y_RD.contiguous(), weights_TK.contiguous()
         (tokens, top_k), (rows, width) = weights.shape, y.shape
         out = y.new_empty(tokens, width)
@@ -117,6 +162,7 @@ class NativeMoves:
             rows,
             tokens,
             top_k,
+            plain,
             width,
             torch.get_num_threads(),
         )

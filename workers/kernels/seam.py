@@ -8,7 +8,7 @@ faster version must match; `select.py` chooses once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -19,7 +19,7 @@ from workers.parallel.dispatch import Routing
 from workers.parallel.moves import RowMoves
 from workers.step import DecodeGroup
 
-__all__ = ["GatedLinear", "Kernels", "Linear", "Norm", "PartialLinear"]
+__all__ = ["GatedLinear", "Kernels", "Linear", "MLPPart", "Norm", "PartLimits", "PartialLinear"]
 
 
 class Linear(Protocol):
@@ -47,6 +47,24 @@ class GatedLinear(Protocol):
     """`silu(x @ gate.T) * (x @ up.T)`, each with its bias, for x [T, in]."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class PartLimits(NamedTuple):
+    """Of a gated MLP's parts."""
+
+    rows: int  # at most
+    inner: int  # values there are
+    step: int  # parts begin and end at multiples of it
+
+
+class MLPPart(NamedTuple):
+    """What the inner values `first` to `last` of a gated MLP give of its outputs, for the last `rows` of a call's."""
+
+    gated: GatedLinear
+    down: Linear
+    first: int
+    last: int
+    rows: int
 
 
 class Norm(Protocol):
@@ -94,12 +112,22 @@ class Kernels(Protocol):
         ...
 
     def few_rows_experts(
-        self, experts: Sequence[tuple[GatedLinear, Linear]], x: torch.Tensor, counts: Sequence[int]
+        self,
+        experts: Sequence[tuple[GatedLinear, Linear]],
+        x: torch.Tensor,
+        counts: Sequence[int],
+        part: MLPPart | None = None,
     ) -> torch.Tensor | None:
-        """`down(gated(x))` of the first `counts[0]` rows of x [R, hidden] by the first of `experts`, and so on.
+        """`down(gated(x))` of the first `counts[0]` rows of x [R, hidden] by the first of `experts`, and so on; then
+        what `part` gives of its rows.
 
-        None where these kernels have nothing better for so many rows than one expert after the other.
+        None where these kernels have nothing better for so many rows than one expert after the other. Never that for
+        a part alone, with the limits of `mlp_parts`.
         """
+        ...
+
+    def mlp_parts(self, gated: GatedLinear, down: Linear) -> PartLimits | None:
+        """None where these kernels do not compute that MLP in parts."""
         ...
 
     @property

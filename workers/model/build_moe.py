@@ -8,7 +8,9 @@ from workers.model.experts import Experts
 from workers.model.grouped_experts import GroupedExperts
 from workers.model.moe import Gate, MoE, SharedExperts
 from workers.model.parts import Parts
+from workers.parallel.all_to_all import AllToAllDispatch
 from workers.parallel.dispatch import Dispatch, LocalDispatch, ShareDispatch
+from workers.parallel.shared_parts import SharedPartsDispatch, SharedWork
 from workers.parallel.static_dispatch import StaticDispatch
 
 __all__ = ["build_moe"]
@@ -30,7 +32,13 @@ def build_moe(parts: Parts, layer: int, dispatch: Dispatch[Any]) -> MoE:
         dispatch = StaticDispatch(moe.gate.num_experts, parts.shard.experts, gate.device)
     shared = None
     if moe.shared_size:
-        shared = SharedExperts(parts.gated_linear(f"{name}.shared.gate_up"), parts.linear(f"{name}.shared.down"))
+        gate_up, down = parts.gated_linear(f"{name}.shared.gate_up"), parts.linear(f"{name}.shared.down")
+        shared = SharedExperts(gate_up, down)
+        limits = parts.kernels.mlp_parts(gate_up, down)
+        # A rank of a tensor axis has its own part of the shared experts already.
+        if limits is not None and isinstance(dispatch, AllToAllDispatch) and parts.shard.size == 1:
+            work = SharedWork(limits.rows, limits.inner, limits.step, moe.expert_size)
+            dispatch = SharedPartsDispatch.instead_of(dispatch, work)
     return MoE(
         layer=layer, norm=norm, gate=gate, dispatch=dispatch, experts=experts, shared=shared, tensor=parts.tensor
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from workers.kernels.quantized import Weight
-from workers.kernels.seam import GatedLinear, Kernels, Linear
+from workers.kernels.seam import GatedLinear, Kernels, Linear, MLPPart
 from workers.parallel.dispatch import ExpertRows
 
 __all__ = ["Expert", "Experts", "tiles"]
@@ -45,8 +45,11 @@ class Experts:
         new._slots = [self._slots[slot] if isinstance(slot, int) else slot for slot in slots]
         return new
 
-    def __call__(self, rows: ExpertRows) -> torch.Tensor:
-        """Each row through its own expert; [R, hidden] in the rows' order. Experts without rows are not touched."""
+    def __call__(self, rows: ExpertRows, part: MLPPart | None = None) -> torch.Tensor:
+        """Each row through its own expert, and those behind them through `part`; [R, hidden] in the rows' order.
+
+        Experts without rows are not touched.
+        """
         chosen: list[Expert] = []
         counts = []
         for slot, count in enumerate(rows.counts):
@@ -55,7 +58,7 @@ class Experts:
                 assert expert is not None, f"slot {slot} is empty"
                 chosen.append(expert)
                 counts.append(count)
-        if chosen and (few := self._kernels.few_rows_experts(chosen, rows.x_RD, counts)) is not None:
+        if (chosen or part) and (few := self._kernels.few_rows_experts(chosen, rows.x_RD, counts, part)) is not None:
             return few
         outputs = []
         start = 0
@@ -64,6 +67,10 @@ class Experts:
                 y = down(gated(rows.x_RD[first:last]))
                 outputs.append(y if size == last - first else y.narrow(0, skip, size))
             start += count
+        if part is not None:
+            given = self._kernels.few_rows_experts((), rows.x_RD[start:], (), part)
+            assert given is not None
+            outputs.append(given)
         return torch.cat(outputs) if outputs else rows.x_RD
 
 

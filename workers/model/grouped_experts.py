@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from workers.kernels.quantized import Weight
-from workers.kernels.seam import Kernels
+from workers.kernels.seam import Kernels, MLPPart
 from workers.model.experts import Expert, Experts
 from workers.parallel.dispatch import ExpertRows
 
@@ -75,7 +75,8 @@ class GroupedExperts(Experts):
         """Whether all slots are filled with what can be grouped; puts their weights side by side then."""
         return self._stacks is not None or self._stack() is not None
 
-    def __call__(self, rows: ExpertRows) -> torch.Tensor:
+    def __call__(self, rows: ExpertRows, part: MLPPart | None = None) -> torch.Tensor:
+        assert part is None, "kernels that group experts have no parts of others"
         stacks = self._stacks or self._stack()
         if stacks is None:
             assert rows.ends is None, "experts one after the other want counts on the host"

@@ -6,11 +6,11 @@ from typing import Any, Protocol
 
 import torch
 
-from workers.kernels.seam import GatedLinear, Kernels, Linear, Norm
+from workers.kernels.seam import GatedLinear, Kernels, Linear, MLPPart, Norm
 from workers.model.experts import Experts
 from workers.model.moe_config import GateRule
 from workers.parallel.collectives import Collectives
-from workers.parallel.dispatch import Dispatch, Routing
+from workers.parallel.dispatch import Dispatch, EveryonesRows, ExpertRows, Routing
 
 __all__ = ["Gate", "MoE", "RoutingRecorder", "SharedExperts"]
 
@@ -68,6 +68,10 @@ class SharedExperts:
     def plus(self, inner: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
         """The outputs of those inner rows, and `routed`."""
         return self._down.plus(inner, routed)
+
+    def part(self, every: EveryonesRows) -> MLPPart:
+        """What those rows go through here."""
+        return MLPPart(self._gate_up, self._down, every.first, every.last, every.rows)
 
 
 class MoE:
@@ -133,16 +137,22 @@ class MoE:
         self.counts.scatter_add_(0, chosen, self._one.expand_as(chosen))
         if self.recorder is not None:
             self.recorder.record(self._layer, routing)
-        if (shared := self._shared) is None:
+        if (shared := self._shared) is None or self._dispatch.takes_shared(len(h)):
             rows, handle = self._dispatch.dispatch(h, routing)
-            y = self._dispatch.combine(self._experts(rows), handle)
+            y = self._dispatch.combine(self._compute(rows), handle)
         else:
             inner: list[torch.Tensor] = []
             rows, handle = self._dispatch.dispatch(h, routing, lambda: inner.append(shared.begin(h)))
-            y = shared.plus(inner[0], self._dispatch.combine(self._experts(rows), handle))
+            y = shared.plus(inner[0], self._dispatch.combine(self._compute(rows), handle))
         return x.add_(self._tensor.all_reduce(y))
 
     def keep_step(self, nothing: torch.Tensor) -> None:
         """Joins the exchange of a step for which this rank has no tokens; `nothing` is [0, hidden]."""
         rows, handle = self._dispatch.dispatch(nothing, self._gate(nothing))
-        self._dispatch.combine(self._experts(rows), handle)
+        self._dispatch.combine(self._compute(rows), handle)
+
+    def _compute(self, rows: ExpertRows) -> torch.Tensor:
+        if rows.every is None:
+            return self._experts(rows)
+        assert self._shared is not None
+        return self._experts(rows, self._shared.part(rows.every))

@@ -23,7 +23,7 @@ __all__ = ["AllToAllDispatch", "AllToAllHandle"]
 class AllToAllHandle:
     """The way back. `own`: which of the tokens are this rank's to send. `order` [T * K]: which flat (token, choice)
     each sent row is; `arrival` [R]: where each computed row lay when it arrived; `sent` and `received` are row counts
-    by rank.
+    by rank. `plain`: how many choices of weight one follow the K.
     """
 
     own: slice
@@ -33,6 +33,7 @@ class AllToAllHandle:
     sent: list[int]
     received: list[int]
     weights: torch.Tensor
+    plain: int = 0
 
 
 class AllToAllDispatch:
@@ -84,8 +85,16 @@ class AllToAllDispatch:
 
     @property
     def neighbours(self) -> Neighbourhood | None:
+        return self._host
+
+    @property
+    def _host(self) -> HostExchange | None:
+        """The exchange, where it is one of ranks with tokens of their own on one host."""
         alone = self._part[1] == 1
         return self._exchange if alone and isinstance(self._exchange, HostExchange) else None
+
+    def takes_shared(self, num_tokens: int) -> bool:
+        return False
 
     def dispatch(
         self, x_TD: torch.Tensor, routing: Routing, meanwhile: Meanwhile | None = None
@@ -96,7 +105,7 @@ class AllToAllDispatch:
         own = slice(num_tokens * index // parts, num_tokens * (index + 1) // parts)
         if parts > 1:
             x_TD, routing = x_TD[own], Routing(routing.expert_ids[own], routing.weights[own])
-        physical = self._place(routing.expert_ids).flatten()
+        physical = self._place(routing.expert_ids, self._physical).flatten()
         order, counts = self._moves.group(physical, size * slots)
         counts = counts.view(size, slots)
         rows = self._moves.take(x_TD, order, routing.expert_ids.shape[1])
@@ -109,16 +118,16 @@ class AllToAllDispatch:
 
     def combine(self, y_RD: torch.Tensor, handle: AllToAllHandle) -> torch.Tensor:
         back = self._exchange.rows(self._moves.put(y_RD, handle.arrival), handle.received, handle.sent)
-        ours = self._moves.weighted_sum(back, handle.order, handle.weights)
+        ours = self._moves.weighted_sum(back, handle.order, handle.weights, handle.plain)
         if len(ours) == handle.num_tokens:
             return ours
         out = ours.new_zeros(handle.num_tokens, ours.shape[-1])
         out[handle.own] = ours
         return out
 
-    def _place(self, expert_ids: torch.Tensor) -> torch.Tensor:
-        """Physical ids [T, K] of expert ids [T, K]."""
-        if self._physical.shape[1] == 1:
-            return self._physical.take(expert_ids)
+    def _place(self, expert_ids: torch.Tensor, physical: torch.Tensor) -> torch.Tensor:
+        """Physical ids [T, K] of expert ids [T, K]; `physical` [experts, most copies]."""
+        if physical.shape[1] == 1:
+            return physical.take(expert_ids)
         turn = torch.arange(len(expert_ids), device=expert_ids.device).unsqueeze(1) + self._exchange.index
-        return self._physical[expert_ids, turn % self._copies[expert_ids]]
+        return physical[expert_ids, turn % self._copies[expert_ids]]

@@ -68,7 +68,7 @@ class DeepEPDispatch(AllToAllDispatch):
         index, parts = self._part
         num_tokens = len(x_TD)
         own = slice(num_tokens * index // parts, num_tokens * (index + 1) // parts)
-        physical = self._place(routing.expert_ids[own])
+        physical = self._place(routing.expert_ids[own], self._physical)
         per_rank, per_node, per_expert, is_in_rank, _ = self._buffer.get_dispatch_layout(
             physical, self._exchange.size * self._slots
         )

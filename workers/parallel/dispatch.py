@@ -21,6 +21,7 @@ from workers.parallel.moves import RowMoves, TorchMoves
 
 __all__ = [
     "Dispatch",
+    "EveryonesRows",
     "ExpertRows",
     "LocalDispatch",
     "LocalHandle",
@@ -39,16 +40,25 @@ class Routing(NamedTuple):
     weights: torch.Tensor
 
 
+class EveryonesRows(NamedTuple):
+    """Rows that go through the shared experts' inner values `first` to `last` here, and through the rest elsewhere."""
+
+    rows: int
+    first: int
+    last: int
+
+
 class ExpertRows(NamedTuple):
     """Rows [R, D] grouped by local expert, and how many belong to each of them.
 
     `ends` [experts] int32 says on the device where each one's rows end, and `counts` is empty then
-    (`static_dispatch.py`).
+    (`static_dispatch.py`). `every` are rows behind those of the experts.
     """
 
     x_RD: torch.Tensor
     counts: list[int]
     ends: torch.Tensor | None = None
+    every: EveryonesRows | None = None
 
 
 HandleT = TypeVar("HandleT")
@@ -87,6 +97,10 @@ class Dispatch(Protocol, Generic[HandleT]):
         """The other ranks, where all share a host's memory and each has tokens of its own."""
         ...
 
+    def takes_shared(self, num_tokens: int) -> bool:
+        """Whether what is combined for so many tokens of this rank has the shared experts' outputs in it."""
+        ...
+
     def dispatch(
         self, x_TD: torch.Tensor, routing: Routing, meanwhile: Meanwhile | None = None
     ) -> tuple[ExpertRows, HandleT]:
@@ -113,6 +127,9 @@ class LocalDispatch:
     def __init__(self, num_experts: int, moves: RowMoves | None = None) -> None:
         self._num_experts = num_experts
         self._moves = moves or TorchMoves()
+
+    def takes_shared(self, num_tokens: int) -> bool:
+        return False
 
     def dispatch(
         self, x_TD: torch.Tensor, routing: Routing, meanwhile: Meanwhile | None = None
@@ -153,6 +170,9 @@ class ShareDispatch:
         slots = torch.full((num_experts,), len(held))  # behind the last slot: another rank's
         slots[list(held)] = torch.arange(len(held))
         self._slots = slots.to(device)
+
+    def takes_shared(self, num_tokens: int) -> bool:
+        return False
 
     def dispatch(
         self, x_TD: torch.Tensor, routing: Routing, meanwhile: Meanwhile | None = None

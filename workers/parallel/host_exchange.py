@@ -16,7 +16,7 @@ import torch
 
 from workers.parallel.dispatch import Meanwhile
 from workers.parallel.host_link import PIECE_BYTES, Link
-from workers.parallel.host_native import short_way
+from workers.parallel.host_native import Told, short_way
 
 __all__ = ["HostExchange"]
 
@@ -47,47 +47,64 @@ class HostExchange:
     def counted_rows(
         self, x: torch.Tensor, counts: torch.Tensor, meanwhile: Meanwhile | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x, counts = x.contiguous(), counts.contiguous()
-        arrived = counts.clone()
+        counts = counts.contiguous()
+        return self._told_rows(x.contiguous(), counts, counts.clone(), Told.THEIRS, meanwhile)
+
+    def surveyed_rows(
+        self, x: torch.Tensor, counts: torch.Tensor, meanwhile: Meanwhile | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `counted_rows`, but with every rank's whole `counts` [size, size, n], the first index the sender's."""
+        counts = counts.contiguous()
+        return self._told_rows(x.contiguous(), counts, counts.repeat(self.size, 1, 1), Told.ALL, meanwhile)
+
+    def _told_rows(
+        self, x: torch.Tensor, counts: torch.Tensor, heard: torch.Tensor, told: Told, meanwhile: Meanwhile | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows with what is told of them, which goes into `heard`, where this rank's own is already."""
         short = self._short
-        if short is None or not short.post(x, counts, told=True):
-            return self._long_counted(x, counts, arrived, meanwhile)
+        if short is None or not short.post(x, counts, told):
+            return self._long_told(x, counts, heard, told, meanwhile)
         if meanwhile is not None:
             meanwhile()
-        all_there = short.hear(arrived, told=True)
+        all_there = short.hear(heard, told)
+        arrived = heard if told is Told.THEIRS else heard[:, self.index].contiguous()
         if all_there:
             received = x.new_empty(int(arrived.sum()), x.shape[1])
             short.fetch(received, x, counts, arrived)
-            return received, arrived
+            return received, heard
         parts = _parts(x, counts.sum(dim=1).tolist())
         transfers = {peer: _Transfer(link, parts[peer], sent=True) for peer, link in self._links.items()}
-        return self._fetch(x, parts[self.index], transfers, arrived.sum(dim=1).tolist()), arrived
+        return self._fetch(x, parts[self.index], transfers, arrived.sum(dim=1).tolist()), heard
 
     def rows(self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
         short = self._short
         if short is not None:
             x, sent, due = x.contiguous(), torch.tensor(send), torch.tensor(receive)
-            if short.post(x, sent, told=False):
-                if short.hear(due, told=False):
+            if short.post(x, sent, Told.NOTHING):
+                if short.hear(due, Told.NOTHING):
                     received = x.new_empty(sum(receive), x.shape[1])
                     short.fetch(received, x, sent, due)
                     return received
                 return self._long_rows(x, send, receive, sent=True)
         return self._long_rows(x, send, receive)
 
-    def _long_counted(
-        self, x: torch.Tensor, counts: torch.Tensor, arrived: torch.Tensor, meanwhile: Meanwhile | None
+    def _long_told(
+        self, x: torch.Tensor, counts: torch.Tensor, heard: torch.Tensor, told: Told, meanwhile: Meanwhile | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        table = arrived.numpy()
+        table, tells = heard.numpy(), counts.numpy()
         parts = _parts(x, counts.sum(dim=1).tolist())
-        transfers = {peer: _Transfer(link, parts[peer], table[peer].tobytes()) for peer, link in self._links.items()}
+        transfers = {
+            peer: _Transfer(link, parts[peer], (tells if told is Told.ALL else tells[peer]).tobytes())
+            for peer, link in self._links.items()
+        }
         waiting = [transfer for transfer in transfers.values() if not transfer.hear()]
         if meanwhile is not None:
             meanwhile()
         self._run(waiting, _Transfer.hear)
         for peer, transfer in transfers.items():
-            table[peer] = np.frombuffer(transfer.head, np.int64)
-        return self._fetch(x, parts[self.index], transfers, arrived.sum(dim=1).tolist()), arrived
+            table[peer] = np.frombuffer(transfer.head, np.int64).reshape(table[peer].shape)
+        arrived = heard if told is Told.THEIRS else heard[:, self.index]
+        return self._fetch(x, parts[self.index], transfers, arrived.sum(dim=1).tolist()), heard
 
     def _long_rows(
         self, x: torch.Tensor, send: Sequence[int], receive: Sequence[int], *, sent: bool = False

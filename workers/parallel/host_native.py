@@ -10,6 +10,7 @@ import ctypes
 import os
 from array import array
 from collections.abc import Mapping
+from enum import IntEnum
 from functools import cache
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from workers.kernels.build import library_path
 from workers.parallel.host_link import Link
 
-__all__ = ["ShortWay", "short_way"]
+__all__ = ["ShortWay", "Told", "short_way"]
 
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _LONG, _SIZE = 1, 6
@@ -48,8 +49,16 @@ def short_way(index: int, links: Mapping[int, Link], timeout_s: float) -> ShortW
     return None if calls is None else ShortWay(calls, index, links, timeout_s)
 
 
+class Told(IntEnum):
+    """What goes with rows: nothing, the counts of those for the rank that gets them, or the counts for all ranks."""
+
+    NOTHING = 0
+    THEIRS = 1
+    ALL = 2
+
+
 class ShortWay:
-    """Counts are int64 [size, n] on the CPU, contiguous, as are the rows; `told`: they go with the rows."""
+    """Counts are int64 [size, n] on the CPU, contiguous, as are the rows."""
 
     def __init__(
         self, calls: tuple[ctypes._NamedFuncPointer, ...], index: int, links: Mapping[int, Link], timeout_s: float
@@ -63,7 +72,7 @@ class ShortWay:
         self._states = array("q", [links[rank].address if rank in links else 0 for rank in range(self._size)])
         self._at = self._states.buffer_info()[0]
 
-    def post(self, x: torch.Tensor, counts: torch.Tensor, *, told: bool) -> bool:
+    def post(self, x: torch.Tensor, counts: torch.Tensor, told: Told) -> bool:
         """Sends each rank its rows of x; False, and nothing has been sent, where that is not for this way."""
         for link in self._links.values():
             if link.readable:
@@ -72,12 +81,12 @@ class ShortWay:
         width = x.shape[1] * x.itemsize
         return self._went_short(self._post(self._at, self._size, x.data_ptr(), width, counts.data_ptr(), n, told))
 
-    def hear(self, arrived: torch.Tensor, *, told: bool) -> bool:
-        """Waits for the first piece of every rank, and puts their counts into `arrived` where they tell them.
+    def hear(self, arrived: torch.Tensor, told: Told) -> bool:
+        """Waits for the first piece of every rank, and puts what they tell into `arrived`, [size, size, n] for ALL.
 
         False where some send more than one: the first ones can be taken from the links then.
         """
-        n = arrived.shape[1] if arrived.dim() == 2 else 1
+        n = arrived.shape[-1] if arrived.dim() > 1 else 1
         state = self._hear(self._at, self._size, arrived.data_ptr(), n, told, self._spin_s, self._timeout_s)
         if self._went_short(state):
             return True

@@ -8,6 +8,7 @@ Several times within the step timeout each group also says that its process runs
 take long, and a process that is frozen or out of reach is noticed by its silence.
 
     ran = pulse.beat(num_tokens)      one beat; whether there is a step to run
+    pulse.announce(num_tokens)        this group's part of the next beat, ahead of it: nobody will wait for it then
     pulse.offer(epoch)                this group is ready for that placement of the experts, from any thread
     pulse.agreed                      the epoch that every group offered to the last beat: all switch before its step
     pulse.pending                     whether a beat must follow even without work of one's own
@@ -67,6 +68,7 @@ class Pulse:
         self._ran = False
         self._offer = 0
         self._untold = False  # an offer that no beat has carried
+        self._announced: tuple[int, int] | None = None  # tokens and offer, as the others have heard of the next beat
         self.agreed = 0
         self._tokens: dict[int, int] = dict.fromkeys(peers, 0)
         self._most_tokens = self._mean_tokens = 0.0
@@ -77,7 +79,7 @@ class Pulse:
     @property
     def pending(self) -> bool:
         """Whether the last beat ran a step, another group has begun the next one, or they must hear of an offer."""
-        return self._ran or self._untold or any(self._heard.values())
+        return self._ran or self._untold or self._announced is not None or any(self._heard.values())
 
     @property
     def awaited(self) -> bool:
@@ -104,17 +106,12 @@ class Pulse:
         self._on_wake()
 
     def beat(self, num_tokens: int) -> bool:
-        """Exchanges token counts with every group; True where any brings some. Raises RuntimeError."""
-        self._beat += 1
-        with self._changed:
-            offer, self._untold = self._offer, False
-        message = _BEAT.pack(self._generation, self._beat, num_tokens, offer)
-        for rank, peer in self._peers.items():
-            try:
-                with self._sending:
-                    peer.sendall(message)
-            except OSError as error:
-                raise RuntimeError(f"rank {rank} has gone") from error
+        """Exchanges token counts with every group; True where any brings some. Raises RuntimeError.
+
+        What was announced stands, whatever `num_tokens` has become.
+        """
+        num_tokens, offer = self._announced or self._send(num_tokens)
+        self._announced = None
         with self._changed:
             self._changed.wait_for(lambda: self._reason or all(self._heard.values()), self._stuck_s)
             silent = [rank for rank, heard in self._heard.items() if not heard]
@@ -134,6 +131,25 @@ class Pulse:
             self._most_tokens += _RECENT_STEPS * (max(counts) - self._most_tokens)
             self._mean_tokens += _RECENT_STEPS * (sum(counts) / len(counts) - self._mean_tokens)
         return self._ran
+
+    def announce(self, num_tokens: int) -> None:
+        """Says now what this group will bring to the next beat: it must beat then. Raises RuntimeError."""
+        assert self._announced is None
+        self._announced = self._send(num_tokens)
+
+    def _send(self, num_tokens: int) -> tuple[int, int]:
+        """Tells the others of the next beat; the tokens and the offer that they hear of."""
+        self._beat += 1
+        with self._changed:
+            offer, self._untold = self._offer, False
+        message = _BEAT.pack(self._generation, self._beat, num_tokens, offer)
+        for rank, peer in self._peers.items():
+            try:
+                with self._sending:
+                    peer.sendall(message)
+            except OSError as error:
+                raise RuntimeError(f"rank {rank} has gone") from error
+        return num_tokens, offer
 
     def close(self) -> None:
         """From any thread; whoever waits in `beat` gets RuntimeError."""

@@ -29,6 +29,9 @@ class StaticDispatch(LocalDispatch):
         self._slots = slots.to(device)
         self._numbers = torch.arange(len(held), device=device)
 
+    def takes_shared(self, num_tokens: int) -> bool:
+        return False
+
     def dispatch(
         self, x_TD: torch.Tensor, routing: Routing, meanwhile: Callable[[], object] | None = None
     ) -> tuple[ExpertRows, LocalHandle]:

@@ -14,6 +14,7 @@ from workers.kernels.cpu import PackedKernels
 from workers.kernels.few_rows import FewRows
 from workers.kernels.native import NativeKernels, find_native
 from workers.kernels.quantized import quantize_int8
+from workers.kernels.seam import MLPPart
 from workers.model.experts import Experts
 from workers.parallel.dispatch import ExpertRows
 
@@ -36,13 +37,6 @@ def products() -> FewRows:
     return found
 
 
-@pytest.fixture(scope="module")
-def fitting(products: FewRows) -> FewRows:
-    if products.linear(_random(64, 64), None) is None:
-        pytest.skip("oneDNN lays out blocks of another width on this processor, and serves few rows, too")
-    return products
-
-
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
@@ -57,9 +51,9 @@ def _close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_linear_layer_of_any_few_rows(fitting: FewRows, shape: tuple[int, int], threads: int) -> None:
+def test_a_linear_layer_of_any_few_rows(products: FewRows, shape: tuple[int, int], threads: int) -> None:
     weight, bias = _random(*shape, seed=1), _random(shape[0], seed=2)
-    plain, biased = fitting.linear(weight, None), fitting.linear(weight, bias)
+    plain, biased = products.linear(weight, None), products.linear(weight, bias)
     assert plain is not None
     assert biased is not None
     before = torch.get_num_threads()
@@ -78,8 +72,8 @@ def test_a_linear_layer_of_any_few_rows(fitting: FewRows, shape: tuple[int, int]
         torch.set_num_threads(before)
 
 
-def test_threads_do_not_change_bits(fitting: FewRows) -> None:
-    layer, gated = fitting.linear(_random(256, 128), None), fitting.gated_linear(_random(512, 128), None)
+def test_threads_do_not_change_bits(products: FewRows) -> None:
+    layer, gated = products.linear(_random(256, 128), None), products.gated_linear(_random(512, 128), None)
     assert layer is not None
     assert gated is not None
     x = _random(3, 128, seed=5)
@@ -93,9 +87,9 @@ def test_threads_do_not_change_bits(fitting: FewRows) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9])
-def test_a_gated_layer(fitting: FewRows, rows: int) -> None:
+def test_a_gated_layer(products: FewRows, rows: int) -> None:
     weight, x = _random(2 * 96, 64, seed=1), _random(rows, 64, seed=2)
-    gated = fitting.gated_linear(weight, None)
+    gated = products.gated_linear(weight, None)
     assert gated is not None
     gate, up = F.linear(x.float(), weight.float()).chunk(2, dim=-1)
     _close(gated(x), F.silu(gate) * up)
@@ -114,6 +108,47 @@ def test_experts_at_once_are_those_one_by_one(products: FewRows, counts: list[in
     rows = ExpertRows(_random(sum(counts), hidden, seed=7), counts)
     expected = onednn(rows).float()
     assert (native(rows).float() - expected).abs().max() <= 2 * STEP * expected.abs().max()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 6, 8, 13, 16])
+def test_parts_of_a_gated_mlp_add_up_to_it(products: FewRows, rows: int, threads: int) -> None:
+    hidden, inner = 96, 160
+    gate_up, down_weight = _random(2 * inner, hidden, seed=1) * 0.2, _random(hidden, inner, seed=2) * 0.2
+    gated, down = products.gated_linear(gate_up.clone(), None), products.linear(down_weight.clone(), None)
+    assert gated is not None
+    assert down is not None
+    limits = products.mlp_parts(gated, down)
+    assert limits is not None
+    assert (limits.rows, limits.inner) == (16, inner)
+    x, own = _random(rows, hidden, seed=3), _random(2, hidden, seed=4)
+    gate, up = F.linear(x.float(), gate_up.float()).chunk(2, dim=-1)
+    expected = F.linear(F.silu(gate) * up, down_weight.float())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        total = torch.zeros_like(expected)
+        for first, last in ((0, limits.step), (limits.step, limits.step), (limits.step, inner)):
+            part = MLPPart(gated, down, first, last, rows)
+            alone = products.experts((), x, (), part)
+            assert alone is not None
+            beside = products.experts([(gated, down)], torch.cat((own, x)), [2], part)
+            assert beside is not None
+            assert torch.equal(beside[2:], alone), "what is computed beside it does not matter"
+            assert bool(alone.any()) == (last > first)
+            total += alone.float()
+    finally:
+        torch.set_num_threads(before)
+    assert (total - expected).abs().max() <= 2 * STEP * expected.abs().max()
+
+
+def test_large_gates_are_numbers(products: FewRows) -> None:
+    """A gate far below zero lets nothing through, and the exponential that says so has no end."""
+    gated = products.gated_linear(torch.cat((torch.full((32, 32), 10.0), torch.ones(32, 32))).bfloat16(), None)
+    assert gated is not None
+    x = torch.tensor([[-1.0] * 32, [1.0] * 32]).bfloat16()
+    expected = torch.tensor([[0.0] * 32, [320.0 * 32] * 32]).bfloat16()
+    torch.testing.assert_close(gated(x), expected, atol=1e-20, rtol=0.0)
 
 
 def test_what_it_is_not_for_stays_onednns(products: FewRows) -> None:

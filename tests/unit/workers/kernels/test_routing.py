@@ -88,3 +88,34 @@ def test_rows_there_and_back(
     assert ours.dtype == dtype
     error = (ours.float() - expected).abs()
     assert bool((error <= STEP * expected.abs()).all())
+
+
+@pytest.mark.parametrize("slots", [0, 5, 3])
+@pytest.mark.parametrize("tokens", [0, 1, 23])
+def test_rows_are_spread_alike(native: NativeKernels, tokens: int, slots: int) -> None:
+    places, generator = 15, _generator(tokens)
+    wide = torch.randn(tokens, 48, generator=generator).bfloat16()
+    chosen = torch.randint(0, places, (tokens, 4), generator=generator)
+    for x in (wide, wide[:, 8:40], wide.t().contiguous().t()):
+        ours, expected = (moves.spread(x, chosen, places, slots) for moves in (native.moves, TORCH))
+        assert all(torch.equal(one, other) for one, other in zip(ours, expected, strict=True))
+        assert len(ours[0]) == tokens * (4 + (places // slots if slots else 0))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_surveys_are_alike(native: NativeKernels, ranks: int) -> None:
+    told = torch.randint(0, 3, (ranks, ranks, 4), generator=_generator(ranks))
+    for index in range(ranks):
+        assert native.moves.survey(told, index) == TORCH.survey(told, index)
+
+
+@pytest.mark.parametrize("plain", [1, 3])
+def test_plain_choices_have_a_weight_of_one(native: NativeKernels, plain: int) -> None:
+    tokens, top_k, width = 7, 3, 64
+    rows = torch.randn(tokens * (top_k + plain), width, generator=_generator(2)).bfloat16()
+    order = torch.randperm(len(rows), generator=_generator(3))
+    weights = torch.rand(tokens, top_k, generator=_generator(4))
+    ones = torch.cat((weights, torch.ones(tokens, plain)), 1)
+    for moves in (native.moves, TORCH):
+        found = moves.weighted_sum(rows, order, weights, plain)
+        assert torch.equal(found, moves.weighted_sum(rows, order, ones))

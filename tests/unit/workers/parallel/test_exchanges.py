@@ -88,6 +88,27 @@ def test_what_is_sent_arrives(exchanges: Exchanges, ranks: int, dtype: torch.dty
         on_threads(ranks, work)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_rank_hears_all_that_is_sent(ranks: int) -> None:
+    """Whether what a pair of ranks sends is one piece or many."""
+    random = Random(ranks)
+    traces = [_sizes(random, ranks, 3, 64) for _ in range(25)]
+    with host_exchanges(ranks) as found:
+
+        def work(rank: int) -> None:
+            for number, sizes in enumerate(traces):
+                x = torch.full((int(sizes[rank].sum()), 32), float(rank + 1 + number % 7)).bfloat16()
+                rows, told = found[rank].surveyed_rows(x, sizes[rank])
+                assert torch.equal(told, sizes)
+                senders = torch.arange(ranks).repeat_interleave(sizes[:, rank].sum(dim=1))
+                assert torch.equal(rows[:, 0].float(), senders + 1.0 + number % 7)
+                plain, arrived = found[rank].counted_rows(x, sizes[rank])
+                assert torch.equal(arrived, sizes[:, rank])
+                assert torch.equal(plain, rows)
+
+        on_threads(ranks, work)
+
+
 def test_a_process_group_needs_one_collective_for_counts_and_rows() -> None:
     with gloo_exchanges(2) as found:
 

@@ -111,6 +111,56 @@ def test_a_beat_wakes_the_sleepers_and_then_all_sleep_again() -> None:
         assert sleepers[0].pulse.tokens == {0: 0, 2: 0}
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_is_announced_stands_in_the_next_beat(size: int) -> None:
+    draw = random.Random(size)
+    plans = [[(draw.choice([0, 0, 5]), draw.choice([None, None, 3])) for _ in range(200)] for _ in range(size)]
+    ran: list[list[bool]] = [[] for _ in range(size)]
+    with _mesh(size) as groups:
+
+        def work(index: int) -> None:
+            pulse = groups[index].pulse
+            for tokens, announced in plans[index]:
+                if announced is not None:
+                    pulse.announce(announced)
+                    assert pulse.pending
+                ran[index].append(pulse.beat(tokens))
+
+        assert not _in_threads(groups, work)
+        assert not any(group.gone for group in groups)
+        brought = [tokens if announced is None else announced for tokens, announced in (plan[-1] for plan in plans)]
+        assert groups[0].pulse.tokens == dict(enumerate(brought[1:], start=1))
+    told = [[tokens if announced is None else announced for tokens, announced in plan] for plan in plans]
+    expected = [any(tokens) for tokens in zip(*told, strict=True)]
+    assert all(one == expected for one in ran)
+    assert False in expected
+
+
+def test_an_announcement_is_heard_before_the_beat() -> None:
+    with _mesh(2) as groups:
+        groups[0].pulse.announce(4)
+        assert groups[1].woken.wait(5)
+        assert groups[1].pulse.beat(0), "nobody has to wait for the other's beat"
+        assert groups[1].pulse.tokens == {0: 4}
+        assert groups[0].pulse.beat(0), "it keeps its word"
+
+
+def test_an_epoch_is_agreed_on_by_what_was_announced() -> None:
+    agreed: list[list[int]] = [[], []]
+    with _mesh(2) as groups:
+        groups[0].pulse.announce(1)  # before it can switch
+        for group in groups:
+            group.pulse.offer(9)
+
+        def work(index: int) -> None:
+            for _ in range(3):
+                groups[index].pulse.beat(1)
+                agreed[index].append(groups[index].pulse.agreed)
+
+        assert not _in_threads(groups, work)
+    assert agreed == [[0, 9, 0]] * 2
+
+
 def test_the_balance_of_the_steps_is_measured() -> None:
     brought = [(30, 10), (0, 0), (20, 20), (0, 16)]
     with _mesh(2) as groups:
