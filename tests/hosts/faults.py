@@ -12,7 +12,7 @@ from cluster.chaos.schedule import Fault
 from protos.shoal.v1 import admin_pb2
 from tests.hosts.harness import Hosts
 from tests.hosts.host import Host
-from tests.hosts.ray_cluster import join
+from tests.hosts.ray_cluster import rejoin
 
 __all__ = ["HOST_FAULTS", "HostFaults"]
 
@@ -74,10 +74,7 @@ class HostFaults:
         if not host.alive:
             self._hosts.boot(host)
         self._hosts.heal(host)
-        # Ray ends on a host that it has given up; what supervises a machine's services starts it again.
-        if not host.processes("raylet/raylet"):
-            host.run("ray", "stop", "--force", check=False)
-            join(host, self._head, num_cpus=self._num_cpus)
+        rejoin(host, self._head, num_cpus=self._num_cpus)
 
     async def _do(self, act: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, act)
