@@ -21,6 +21,7 @@ from tests.integration.led_ranks import ProcessRank, ProcessRanks
 from tests.integration.rank_process import small_settings
 from workers.parallel.groups import host_store
 from workers.parallel.plan import ParallelPlan
+from workers.settings import ExpertBalance
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -87,8 +88,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def leading(folder: Path, model: Path) -> AsyncIterator[Case]:
-    settings = small_settings(model, step_timeout_s=2.0, plan=ParallelPlan(data=3), deterministic=True)
+async def leading(folder: Path, model: Path, **fields: object) -> AsyncIterator[Case]:
+    settings = small_settings(model, step_timeout_s=2.0, plan=ParallelPlan(data=3), deterministic=True, **fields)
     ranks = ProcessRanks(folder, settings)
     loop = asyncio.get_running_loop()
     notes: set[asyncio.Task[None]] = set()
@@ -153,3 +154,28 @@ async def test_faults_at_the_awkward_moments(model: Path, tmp_path: Path) -> Non
         assert await running == expected, "two at once"
         await case.until_whole(generation + 1)
         assert ranks.num_sets == 2, "nobody started all ranks again"
+
+
+async def test_faults_while_experts_move(model: Path, tmp_path: Path) -> None:
+    """With a rank that takes part, as it reads what it is to hold or as all change over at once."""
+    balance = ExpertBalance(interval_s=0.3, threshold=1.0)
+    async with leading(tmp_path, model, expert_balance=balance) as case:
+        leader, ranks = case.leader, case.ranks
+        await case.until_whole()
+        expected, num_sets = await case.answers(), ranks.num_sets
+        for number, method, victim, how in (
+            (1, "stage_experts", 1, signal.SIGKILL),
+            (0, "switch_experts", 2, signal.SIGKILL),  # some are asked already, some are not
+            (2, "switch_experts", 0, signal.SIGKILL),
+            (1, "switch_experts", 1, signal.SIGSTOP),
+        ):
+            generation = leader.generation
+            hit = at(ranks, number, method, lambda victim=victim, how=how: ranks.kill(victim, how))  # type: ignore[misc]
+            while not hit.is_set():  # whether experts move is for what the tokens choose to say
+                assert await case.answers() == expected, (number, method)
+            assert await case.answers() == expected, "what follows, too"
+            await case.until_whole(generation)
+        moved = at(ranks, 2, "switch_experts", lambda: None)
+        while not moved.is_set():
+            assert await case.answers() == expected, "experts still move"
+        assert ranks.num_sets == num_sets, "nobody started all ranks again"
