@@ -37,7 +37,7 @@ _WAIT_S = 30.0  # of the calls that wait for something to happen, which are then
 _PLACE_NOTE_S = 10.0
 _GONE_EVERY_S = 0.05
 _GONE_TIMEOUT_S = 30.0
-_FENCE_S = 2.0
+_FENCE_S = 0.5  # what is within reach has ended by then; for the rest nobody waits
 
 
 class RayRanks:
