@@ -191,7 +191,8 @@ def test_a_host_dies(case: Case) -> None:
 
 def test_the_network_between_two_hosts_is_cut(case: Case) -> None:
     before, (first, second) = case.whole(), case.others
-    kept = ranks(first)
+    old = {place.rank: place.node for place in before.ranks}
+    processes = {host.address: ranks(host) for host in (first, second)}
     with case.streams() as go_on:
         case.hosts.cut(first, second)
         closed = case.until(lambda e: len(e.ranks) == 1 and e.generation > before.generation, "closed up")
@@ -199,4 +200,5 @@ def test_the_network_between_two_hosts_is_cut(case: Case) -> None:
         case.hosts.heal()
         case.whole(closed.generation)
         go_on()
-    assert ranks(first) == kept, "of equals the higher number leaves"
+    after = {host.address: ranks(host) for host in (first, second)}
+    assert [after[old[n]] == processes[old[n]] for n in (0, 1)] == [True, False], "of equals the higher number leaves"
