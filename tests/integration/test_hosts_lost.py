@@ -116,7 +116,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     with ExitStack() as stack:
         hosts = stack.enter_context(make_hosts(3, shared=[model], default_route=False))
         stack.enter_context(ray_cluster(*hosts, num_cpus=1, on_head=0))
-        stack.enter_context(serving_on(hosts[0], model, CONFIG))
+        server = stack.enter_context(serving_on(hosts[0], model, CONFIG))
+        stack.callback(server.kill)  # it does not end at the first signal once the Ray of its host has died
         made = Case(hosts)
         stack.callback(made.close)
         made.expected = made.ask()
