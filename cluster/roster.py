@@ -122,6 +122,7 @@ class Roster:
         reap_after_s: float,
         settle_s: float = 0.0,
         decisions: Decisions | None = None,
+        groups: tuple[GroupAddress, ...] = (),
     ) -> None:
         self._clock = clock
         self._lease_s = lease_s
@@ -131,6 +132,9 @@ class Roster:
         self._front_doors: dict[str, tuple[FrontDoorReport, float]] = {}
         # Whoever followed the roster before this one must not take its first version for one that was seen.
         self._snapshot = Snapshot(int(clock() * 1000), (), decisions or Decisions())
+        for name in {group.engine for group in groups}:
+            self._engines[name] = _Engine(_unled(name, tuple(one for one in groups if one.engine == name)), clock())
+        self._refresh()
 
     def claim(self, leader: str, engines: tuple[str, ...]) -> Claim | None:
         """Gives `leader` one of `engines` that nobody leads: those that were led before come first, because their
@@ -143,10 +147,8 @@ class Roster:
         orphans = [name for name in engines if name in self._engines and not self._alive(self._engines[name])]
         unknown = [name for name in engines if name not in self._engines]
         for name in (*orphans, *unknown):
-            unheard = admin_pb2.EngineStatus(name=name, state=EngineState.CLAIMING)
-            known = self._engines[name].report if name in self._engines else EngineReport(engine=name, leader="")
-            status = known.status if known.leader else unheard
-            report = EngineReport(engine=name, leader=leader, status=status, groups=known.groups, lost=known.lost)
+            known = self._engines[name].report if name in self._engines else _unled(name)
+            report = replace(_unled(name, known.groups or ()), leader=leader, status=known.status, lost=known.lost)
             self._engines[name] = _Engine(report, self._clock())
             self._refresh()
             return _claim(report)
@@ -205,6 +207,12 @@ class Roster:
     def decisions(self) -> Decisions:
         return self._snapshot.decisions
 
+    @property
+    def groups(self) -> tuple[GroupAddress, ...]:
+        """Those of all engines, with those that are leaving."""
+        reports = [engine.report for _, engine in sorted(self._engines.items())]
+        return tuple(group for report in reports for group in report.groups or ())
+
     def snapshot(self) -> Snapshot:
         self._refresh()
         return self._snapshot
@@ -229,12 +237,12 @@ class Roster:
         return tuple(names)
 
     def _alive(self, engine: _Engine) -> bool:
-        return self._clock() - engine.seen_s < self._lease_s
+        return bool(engine.report.leader) and self._clock() - engine.seen_s < self._lease_s
 
     def _refresh(self) -> None:
         leaving = {key for key, _ in self.decisions.leaving}
         reports = [engine.report for _, engine in sorted(self._engines.items())]
-        groups = tuple(group for report in reports for group in report.groups or () if group.key not in leaving)
+        groups = tuple(group for group in self.groups if group.key not in leaving)
         lost = tuple(address for report in reports for address in report.lost)
         if (groups, lost) != (self._snapshot.groups, self._snapshot.lost):
             self._set(groups=groups, lost=lost)
@@ -248,6 +256,13 @@ class Roster:
 
 def _without(entries: tuple[tuple[str, float], ...], names: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
     return tuple(entry for entry in entries if entry[0] not in names)
+
+
+def _unled(engine: str, groups: tuple[GroupAddress, ...] = ()) -> EngineReport:
+    """Of an engine that no leader has reported: with these groups an earlier roster knew it."""
+    generation = max((group.generation for group in groups), default=0)
+    status = admin_pb2.EngineStatus(name=engine, state=EngineState.CLAIMING, generation=generation)
+    return EngineReport(engine=engine, leader="", groups=groups, status=status)
 
 
 def _claim(report: EngineReport) -> Claim:

@@ -1,7 +1,7 @@
 """The roster as a named Ray actor. Everything it decides is in `cluster.roster`.
 
 What operators have decided and ordered is kept for the case that this process dies: each such call is answered when
-that is done, or has not worked in a while.
+that is done, or has not worked in a while. So are the DP groups.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["LEASE_S", "RosterActor", "find_roster", "start_roster"]
 log = logging.getLogger(__name__)
 
 LEASE_S = 5.0
-REAP_AFTER_S = 30.0
+REAP_AFTER_S = 120.0  # longer than a head takes to come back with all that was on it
 _TICK_S = 0.5
 _KEEP_S = 2.0  # an operator is not to wait longer for a head that is away; it is tried again with every tick
 
@@ -50,6 +50,7 @@ class RosterActor:
             reap_after_s=REAP_AFTER_S,
             settle_s=LEASE_S if again else 0.0,
             decisions=kept.decisions,
+            groups=kept.groups,
         )
         self._orders = Orders(kept.orders)
         self._changed = asyncio.Condition()
@@ -141,7 +142,8 @@ class RosterActor:
     async def _keep(self) -> None:
         """Has what nobody reports written down, where it has changed."""
         async with self._keeping:
-            kept = Kept(decisions=self._roster.decisions, orders=self._orders.kept())
+            roster = self._roster
+            kept = Kept(decisions=roster.decisions, orders=self._orders.kept(), groups=roster.groups)
             if kept == self._kept:
                 return
             try:

@@ -46,10 +46,11 @@ class Membership:
         secret: bytes,
         spread_experts: bool,
         timeout_s: float,
+        is_over: Callable[[], bool],
     ) -> Membership:
         """Meets the others, whose `addresses` are all members of the generation; they must call this too.
 
-        Raises TimeoutError naming who is missing; nothing is left of the attempt then.
+        Raises TimeoutError naming who is missing, or Outdated once `is_over`; nothing is left of the attempt then.
         """
         by_rank = {address.rank: address for address in addresses}
         groups = Groups.join(
@@ -60,6 +61,7 @@ class Membership:
             hosts={address.rank: address.host for address in addresses},
             spread_experts=spread_experts,
             timeout_s=timeout_s,
+            is_over=is_over,
         )
         meeting = _Meeting(settings, rank, by_rank, generation, secret, timeout_s)
         try:

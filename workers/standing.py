@@ -62,7 +62,10 @@ class Standing:
         alone: bool,
         timeout_s: float,
     ) -> Membership:
-        """Joins these ranks, which do the same: whole DP groups, or, `alone`, those of this one that comes in later."""
+        """Joins these ranks, which do the same: whole DP groups, or, `alone`, those of this one that comes in later.
+
+        Who waits for some that have died goes as soon as a leader names the generation after that: Outdated.
+        """
         self.membership = Membership.join(
             self._settings,
             self._rank,
@@ -73,8 +76,10 @@ class Standing:
             secret=self._secret,
             spread_experts=self.spread_experts and not alone,
             timeout_s=timeout_s,
+            is_over=lambda: self.newest > generation,
         )
-        self.generation = self.newest = generation
+        self.generation = generation
+        self.newest = max(self.newest, generation)
         return self.membership
 
     def turn_away(self) -> None:

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from cluster.app.names import NAMESPACE, ROSTER
+from cluster.front_door.groups import GroupAddress
 from cluster.orders import KeptOrder
 from cluster.roster import Decisions
 
@@ -22,10 +23,12 @@ _SPACE = NAMESPACE.encode()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kept:
-    """All that nobody reports."""
+    """All that nobody reports, and the DP groups: where their leader died with the roster, nobody reports them for a
+    while, and front doors are to go on with them."""
 
     decisions: Decisions = field(default_factory=Decisions)
     orders: tuple[KeptOrder, ...] = ()
+    groups: tuple[GroupAddress, ...] = ()
 
 
 class GcsMemory:

@@ -10,6 +10,7 @@ __all__ = ["look_before", "look_why"]
 
 _BEFORE_S = 30.0
 _WHY_S = 15.0
+_WHY_LIMIT_S = 45.0
 
 
 def look_before(spec: ClusterSpec) -> tuple[Finding, ...]:
@@ -21,7 +22,7 @@ def look_before(spec: ClusterSpec) -> tuple[Finding, ...]:
 
 
 def look_why(spec: ClusterSpec) -> tuple[Finding, ...]:
-    """Everything that the doctor finds wrong, with the room for the ranks first."""
+    """Everything that the doctor finds wrong in 45 s, with the room for the ranks first."""
     import ray
 
     from cluster.doctor.checks import room
@@ -32,7 +33,7 @@ def look_why(spec: ClusterSpec) -> tuple[Finding, ...]:
     has = {n["NodeManagerHostname"]: n["Resources"].get(resource, 0.0) for n in ray.nodes() if n["Alive"]}
     bundles = bundle_ranks(spec.settings, max(has.values(), default=0.0))
     place = room(has, resource, bundles.each * bundles.ranks, bundles.count * spec.engines)
-    return _failures((place, *examine_cluster(_wanted(spec), timeout_s=_WHY_S)))
+    return _failures((place, *examine_cluster(_wanted(spec), timeout_s=_WHY_S, limit_s=_WHY_LIMIT_S)))
 
 
 def _wanted(spec: ClusterSpec) -> Wanted:

@@ -9,12 +9,15 @@ import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 from cluster.app import guard
+from cluster.app.gcs_keeper import GcsKeeper, find_head
 from cluster.app.names import NAMESPACE
 from cluster.config.environment import has_ray_token, ray_auth_mode, set_variables
 
@@ -24,6 +27,7 @@ log = logging.getLogger(__name__)
 
 # Ray takes 127.0.0.1 to mean "this machine from outside"; any other loopback address it leaves alone.
 _LOOPBACK = "127.0.0.2"
+_STORE = "gcs"  # below the folder: what Ray's head knows, for one that is started in its place
 _RAY = "ray"  # Ray opens its folder to everybody: the one around it, with the token, stays private
 _MAX_FOLDER_CHARS = 40  # Ray puts sockets below it, whose whole path may have 107
 _OBJECT_STORE_BYTES = 80_000_000  # next to the least that Ray takes: nothing large passes through its store
@@ -35,16 +39,21 @@ _KNOCK_S = 5.0
 class RaySession:
     """`folder` holds the logs, the sockets and the token of a Ray that is our own; None for one that we joined.
 
-    `guard` is the process that cleans up after us if we are killed.
+    `guard` is the process that cleans up after us if we are killed; `keeper` starts Ray's head again until `ending`.
     """
 
     folder: Path | None
     guard: subprocess.Popen[str] | None = None
+    keeper: threading.Thread | None = None
+    ending: threading.Event = field(default_factory=threading.Event)
 
     def end(self, *, keep_logs: bool = False) -> None:
         """Leaves Ray; of our own nothing remains, be it that it has to be killed."""
         import ray
 
+        self.ending.set()
+        if self.keeper is not None:
+            self.keeper.join()
         started = psutil.Process().children(recursive=True) if self.folder is not None else []
         ray.shutdown()
         ours = [process for process in started if not self._guards(process)]
@@ -57,6 +66,7 @@ class RaySession:
 
     def kill(self) -> None:
         """The same, at once; the guard does the rest."""
+        self.ending.set()
         if self.folder is not None:
             kill([child for child in psutil.Process().children(recursive=True) if not self._guards(child)])
 
@@ -89,6 +99,8 @@ def start_ray(num_cpus: int, cores: int) -> RaySession:
         set_variables({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
     # Ray runs its workers at nice 15, behind everything else on the machine: ranks and front doors are what it is for.
     set_variables({"RAY_worker_niceness": "0"})
+    # Its head can be started again, and who is there waits for that.
+    set_variables({"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(folder / _STORE)})
     _quieten()
     import ray
 
@@ -103,22 +115,42 @@ def start_ray(num_cpus: int, cores: int) -> RaySession:
         _node_ip_address=_LOOPBACK,
         _temp_dir=str(folder / _RAY),
     )
-    return RaySession(folder, _start_guard(folder))
-
-
-def _start_guard(folder: Path) -> subprocess.Popen[str]:
-    """In a session of its own, because Ctrl-C is sent to everything in ours."""
     processes = psutil.Process().children(recursive=True)
+    session = RaySession(folder, _start_guard(folder, processes))
+    session.keeper = _start_keeper(session, processes)
+    return session
+
+
+def _start_keeper(session: RaySession, processes: Sequence[psutil.Process]) -> threading.Thread:
+    import ray
+
+    head, own_guard = find_head(processes), session.guard
+    assert head is not None, "Ray has a head"
+    assert own_guard is not None
+    port = int(ray.get_runtime_context().gcs_address.rpartition(":")[2])
+    keeper = GcsKeeper(head, port, on_start=lambda pid: _tell(own_guard, pid))
+    thread = threading.Thread(target=keeper.watch, args=(session.ending,), name="gcs-keeper", daemon=True)
+    thread.start()
+    return thread
+
+
+def _start_guard(folder: Path, processes: Sequence[psutil.Process]) -> subprocess.Popen[str]:
+    """In a session of its own, because Ctrl-C is sent to everything in ours."""
     script = Path(guard.__file__)
     process = subprocess.Popen(  # noqa: S603  # a script of ours
         [sys.executable, "-I", "-S", str(script), str(folder)], stdin=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert process.stdin is not None
     for child in processes:
-        if started := guard.start_time(child.pid):
-            process.stdin.write(f"{child.pid} {started}\n")
-    process.stdin.flush()
+        _tell(process, child.pid)
     return process
+
+
+def _tell(own_guard: subprocess.Popen[str], pid: int) -> None:
+    """Of a process that is not to outlive us."""
+    assert own_guard.stdin is not None
+    if started := guard.start_time(pid):
+        own_guard.stdin.write(f"{pid} {started}\n")
+        own_guard.stdin.flush()
 
 
 def join_ray(address: str) -> RaySession:

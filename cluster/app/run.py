@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "StartError"]
 
+log = logging.getLogger(__name__)
+
 _LOOK_EVERY_S = 0.25
 _ROSTER_TIMEOUT_S = 10.0
 _REPORTS_EVERY_S = 1.5
+_TAKE_DOWN_S = 20.0  # with drained front doors Serve takes a second or two; it goes on without us
 
 
 class StartError(Exception):
@@ -128,9 +131,16 @@ class Run:
         from cluster.app.reap import reap_engine
 
         names = self._operator.fleet.names if self._operator is not None else engine_names(self._spec.engines)
-        serve.delete(APP)
+        apps = {APP, *map(app_name, names)}
+        for app in apps:
+            serve.delete(app, _blocking=False)
+        give_up_s = time.monotonic() + _TAKE_DOWN_S
+        while left := apps & serve.status().applications.keys():
+            if time.monotonic() > give_up_s:
+                log.warning("Serve still takes down %s, and goes on with that", ", ".join(sorted(left)))
+                break
+            time.sleep(_LOOK_EVERY_S)
         for engine in names:
-            serve.delete(app_name(engine))
             reap_engine(engine)
         ray.kill(self._roster)
 
@@ -159,7 +169,7 @@ class Run:
             engines, front_doors = ray.get(self._roster.overview.remote(), timeout=_ROSTER_TIMEOUT_S)
         except ray.exceptions.RayError as error:
             # Ray starts the roster again; what it knows comes back with the next reports.
-            logging.getLogger(__name__).warning("the roster does not answer: %s", str(error).splitlines()[0])
+            log.warning("the roster does not answer: %s", str(error).splitlines()[0])
             return (), ()
         self._announcer.engines(engines)
         return engines, front_doors

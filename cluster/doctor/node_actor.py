@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import time
+from collections.abc import Sequence
 
 import ray
 
@@ -10,6 +12,8 @@ from cluster.config.network import NetworkSettings, rank_address
 from cluster.doctor.facts import NodeFacts, Wanted
 from cluster.doctor.gather import gather
 from cluster.doctor.link_process import LinkProblem, LinkProcess
+from workers.parallel.reach import out_of_reach
+from workers.report import RankAddress
 
 __all__ = ["NodeActor"]
 
@@ -20,12 +24,25 @@ class NodeActor:
     def __init__(self, wanted: Wanted) -> None:
         self._wanted = wanted
         self._link: LinkProcess | None = None
+        self._ear: socket.socket | None = None
 
     def facts(self) -> NodeFacts:
         return gather(self._wanted, address=ray.util.get_node_ip_address())
 
     def clock(self) -> float:
         return time.time()
+
+    def listen(self) -> tuple[str, int]:
+        """Where others try to reach this node. Raises LinkProblem."""
+        host = self._host()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._ear = socket.create_server((host, 0), family=family)
+        return host, int(self._ear.getsockname()[1])
+
+    def out_of_reach(self, others: Sequence[tuple[str, int]], timeout_s: float) -> list[int]:
+        """Those to which no connection can be made in time, by their places in `others`."""
+        addresses = [RankAddress(place, host, port, 0) for place, (host, port) in enumerate(others)]
+        return out_of_reach(addresses, timeout_s)
 
     def open_link(self, timeout_s: float) -> tuple[str, int]:
         """Becomes the first end; where the second one finds it. Raises LinkProblem."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +26,7 @@ __all__ = ["examine_cluster", "rounds"]
 log = logging.getLogger(__name__)
 
 _CLOCK_TRIES = 3
+_REACH_S = 3.0  # a lost packet is sent again after one second
 _SLACK_S = 10.0  # for an actor to say that its own time is over
 
 
@@ -35,9 +38,16 @@ class _Asked:
 
 
 def examine_cluster(
-    wanted: Wanted, *, checks: Sequence[Check] = CHECKS, with_links: bool = True, timeout_s: float = 30.0
+    wanted: Wanted,
+    *,
+    checks: Sequence[Check] = CHECKS,
+    with_links: bool = True,
+    timeout_s: float = 30.0,
+    limit_s: float = math.inf,
 ) -> tuple[Finding, ...]:
-    """Of the cluster that this process has joined. A node may take `timeout_s` to answer, and so may every link."""
+    """Of the cluster that this process has joined. A node may take `timeout_s` to answer, and so may every link. Links
+    whose turn does not come in `limit_s`, all in all, are not measured; who cannot connect is found before."""
+    give_up_s = time.monotonic() + limit_s
     living = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeManagerHostname"]))
     asked = [_ask(node, name, wanted) for node, name in zip(living, _names(living), strict=True)]
     try:
@@ -45,7 +55,10 @@ def examine_cluster(
         answering = [node for node in asked if node.name in facts]
         findings = [*_lost(living), *silent, *examine([facts[node.name] for node in answering], wanted, checks)]
         if with_links:
-            findings += links(list(_measure(answering, timeout_s)))
+            cut = _cut(answering)
+            known = {(one.first, one.second) for one in cut}
+            hurried = bool(cut) and math.isfinite(limit_s)  # that is reason enough
+            findings += links([*cut, *(() if hurried else _measure(answering, known, timeout_s, give_up_s))])
     finally:
         for node in asked:
             ray.kill(node.actor)
@@ -125,8 +138,31 @@ def _clock(actor: Any) -> tuple[float, float]:
     return best
 
 
-def _measure(asked: Sequence[_Asked], timeout_s: float) -> Iterator[Link]:
-    for pairs in rounds(len(asked)):
+def _cut(asked: Sequence[_Asked]) -> list[Link]:
+    """Those between which no connection can be made, one way or the other: all try at once."""
+    places, ears = [], []
+    for place, opening in enumerate([node.actor.listen.remote() for node in asked]):
+        with contextlib.suppress(RayError, GetTimeoutError):  # what measures its links says why
+            ears.append(ray.get(opening, timeout=_SLACK_S))
+            places.append(place)
+    trying = [asked[place].actor.out_of_reach.remote(ears, _REACH_S) for place in places]
+    found: set[tuple[int, int]] = set()
+    for place, answer in zip(places, trying, strict=True):
+        with contextlib.suppress(RayError, GetTimeoutError):
+            others = [places[other] for other in ray.get(answer, timeout=_REACH_S + _SLACK_S)]
+            found |= {(min(place, other), max(place, other)) for other in others if other != place}
+    problem = f"no connection in {_REACH_S:g} s"
+    return [Link(first=asked[a].name, second=asked[b].name, problem=problem) for a, b in sorted(found)]
+
+
+def _measure(
+    asked: Sequence[_Asked], cut: Collection[tuple[str, str]], timeout_s: float, give_up_s: float
+) -> Iterator[Link]:
+    for every in rounds(len(asked)):
+        pairs = [(a, b) for a, b in every if (asked[a].name, asked[b].name) not in cut]
+        if time.monotonic() + timeout_s > give_up_s:
+            log.warning("not all links were measured: time was short")
+            return
         opened = [(asked[a], asked[b], asked[a].actor.open_link.remote(timeout_s)) for a, b in pairs]
         joined = [(first, second, _join(second, port, timeout_s)) for first, second, port in opened]
         for first, second, answer in joined:

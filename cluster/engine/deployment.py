@@ -52,9 +52,13 @@ class Engine:
             raise RuntimeError("this replica leads no engine any more")
 
     async def __del__(self) -> None:
-        """Serve's farewell: the engine goes with its leader. (A leader that is killed leaves it to the next.)"""
+        """Serve's farewell: the engine goes with its leader. (A leader that is killed, or fails, leaves it to the next:
+        its ranks may serve, and may have another leader already.)"""
+        failed = self._task.done()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        if failed:
+            return
         if self._leader is not None and self._leader.state is not EngineState.STOPPED:
             await self._leader.drain(self._spec.drain_timeout_s)
             await self._leader.stop()

@@ -11,10 +11,11 @@ __all__ = ["Pace"]
 class Pace:
     """A rank that answers nothing for `answer_timeout_s` while others are in trouble is lost; otherwise it has
     `call_timeout_s`. `rest_timeout_s` is how long a step may take to end once its generation is over. Two ranks
-    between which no connection is made in `reach_timeout_s` are cut off from each other."""
+    between which no connection is made in `reach_timeout_s` are cut off from each other. A rank lives `rank_lease_s`
+    without a leader: no less than Ray's own processes wait for a head that is away."""
 
     renew_every_s: float = 1.0
-    rank_lease_s: float = 30.0
+    rank_lease_s: float = 600.0
     probe_every_s: float = 5.0
     probe_timeout_s: float = 20.0
     call_timeout_s: float = 10.0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -35,6 +37,7 @@ _WAIT_S = 30.0  # of the calls that wait for something to happen, which are then
 _PLACE_NOTE_S = 10.0
 _GONE_EVERY_S = 0.05
 _GONE_TIMEOUT_S = 30.0
+_FENCE_S = 0.5  # what is within reach has ended by then; for the rest nobody waits
 
 
 class RayRanks:
@@ -44,6 +47,7 @@ class RayRanks:
         self._engine = engine
         self._spec = spec
         self._settings = replace(spec.settings, engine=engine)
+        self._actors: dict[int, Any] = {}
 
     async def adopt(self) -> dict[int, Rank]:
         names = set(await asyncio.to_thread(rank_names_of, self._engine))
@@ -52,7 +56,7 @@ class RayRanks:
             name = rank_name(self._engine, rank)
             if name in names:
                 with contextlib.suppress(ValueError):  # it ended in between
-                    found[rank] = _RayRank(rank, ray.get_actor(name, namespace=NAMESPACE))
+                    found[rank] = self._known(rank, ray.get_actor(name, namespace=NAMESPACE))
         return found
 
     async def place(self) -> dict[int, Rank]:
@@ -68,8 +72,11 @@ class RayRanks:
 
     async def replace(self, numbers: Sequence[int]) -> dict[int, Rank]:
         names = {rank_name(self._engine, number) for number in numbers}
-        await asyncio.to_thread(self._end, names)
-        groups = await asyncio.to_thread(placement_groups_of, self._engine)
+        try:
+            await asyncio.to_thread(self._end, names)
+            groups = await asyncio.to_thread(placement_groups_of, self._engine)
+        except RayError as error:
+            raise RankLost(f"Ray's head does not answer: {_first_line(error)}") from None
         if not groups:
             raise RankLost("the ranks' placement group is gone")
         self._settings = replace(self._settings, load_niceness=BESIDE_NICENESS)
@@ -77,14 +84,17 @@ class RayRanks:
         return {number: self._start(number, groups[0], bundles) for number in numbers}
 
     async def fence(self, number: int, address: RankAddress | None) -> None:
-        await asyncio.to_thread(self._fence, number, address)
-
-    def _fence(self, number: int, address: RankAddress | None) -> None:
-        with contextlib.suppress(ValueError):  # it is gone already
-            ray.kill(ray.get_actor(rank_name(self._engine, number), namespace=NAMESPACE))
-        # A frozen process does not hear of that.
-        if address is not None:
-            kill_process(address.host, address.pid)
+        """Does not wait for a head that is away: there it is done when that is back, to this process and no later one
+        of its name."""
+        actor = self._actors.pop(number, None)
+        done = asyncio.Event()
+        fencing = partial(_fence, actor, address, partial(asyncio.get_running_loop().call_soon_threadsafe, done.set))
+        threading.Thread(target=fencing, name=f"fence rank {number}", daemon=True).start()
+        try:
+            async with asyncio.timeout(_FENCE_S):
+                await done.wait()
+        except TimeoutError:
+            log.warning("%s: Ray has not ended rank %d in %g s; going on without it", self._engine, number, _FENCE_S)
 
     def _end(self, names: set[str]) -> None:
         """Ends ranks by their names, and waits until these can be given anew."""
@@ -135,7 +145,28 @@ class RayRanks:
                 group, placement_group_bundle_index=bundles.index(rank)
             ),
         }
-        return _RayRank(rank, ray.remote(RankActor).options(**options).remote(rank, self._settings, self._spec))
+        try:
+            return self._known(rank, ray.remote(RankActor).options(**options).remote(rank, self._settings, self._spec))
+        except RayError as error:  # such as a name that Ray's head still takes for that of a living one
+            raise RankLost(f"rank {rank} does not start: {_first_line(error)}") from None
+
+    def _known(self, rank: int, actor: Any) -> Rank:
+        self._actors[rank] = actor
+        return _RayRank(rank, actor)
+
+
+def _fence(actor: Any, address: RankAddress | None, done: Callable[[], object]) -> None:
+    """A frozen process does not hear of Ray's order, so it is killed by its id, too; first, where that is here."""
+    try:
+        if address is not None:
+            kill_process(address.host, address.pid)
+        if actor is not None:
+            ray.kill(actor)
+    except (RayError, ValueError) as error:
+        log.warning("a lost rank may still run: %s", _first_line(error))
+    finally:
+        with contextlib.suppress(RuntimeError):  # of a loop that has ended
+            done()
 
 
 class _RayRank:

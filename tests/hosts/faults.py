@@ -12,13 +12,15 @@ from cluster.chaos.schedule import Fault
 from protos.shoal.v1 import admin_pb2
 from tests.hosts.harness import Hosts
 from tests.hosts.host import Host
-from tests.hosts.ray_cluster import join
+from tests.hosts.ray_cluster import rejoin
 
 __all__ = ["HOST_FAULTS", "HostFaults"]
 
 HOST_FAULTS = ("kill", "freeze", "cut", "mute", "part")
 """`cut`: nothing comes or goes. `mute`: what it sends to other hosts is lost. `part`: it and one other that may fall
 do not reach each other, everybody else reaches both."""
+
+_VERDICT_S = 15  # by then Ray has ended on a host that its head had given up, though that is back
 
 T = TypeVar("T")
 
@@ -33,6 +35,7 @@ class HostFaults:
         self._head = head
         self._num_cpus = num_cpus
         self._down = ""
+        self._watching: asyncio.Task[None] | None = None
         # Hosts end with the thread that boots them, and what they are told takes seconds.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hosts")
 
@@ -69,15 +72,21 @@ class HostFaults:
     async def _end(self, host: Host) -> None:
         await self._do(lambda: self._return(host))
         self._down = ""
+        self._watching = asyncio.create_task(self._supervise(host))
+
+    async def _supervise(self, host: Host) -> None:
+        """Where the head finds the host dead as it comes back, Ray ends there a moment later."""
+        for _ in range(_VERDICT_S):
+            await asyncio.sleep(1.0)
+            if self._down == host.name or not host.alive:
+                return
+            await self._do(lambda: rejoin(host, self._head, num_cpus=self._num_cpus))
 
     def _return(self, host: Host) -> None:
         if not host.alive:
             self._hosts.boot(host)
         self._hosts.heal(host)
-        # Ray ends on a host that it has given up; what supervises a machine's services starts it again.
-        if not host.processes("raylet/raylet"):
-            host.run("ray", "stop", "--force", check=False)
-            join(host, self._head, num_cpus=self._num_cpus)
+        rejoin(host, self._head, num_cpus=self._num_cpus)
 
     async def _do(self, act: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, act)

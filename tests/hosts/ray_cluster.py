@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import signal
 import sys
@@ -9,14 +10,35 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from tests.hosts.host import Host, HostProcess
 from tests.integration.served import eventually
 
-__all__ = ["PORT", "RAY_ENV", "give_token", "join", "ray_cluster", "serving_on", "shoal", "start_head"]
+__all__ = [
+    "PORT",
+    "RAY_ENV",
+    "give_token",
+    "join",
+    "keep_gcs",
+    "kill_ray",
+    "ray_cluster",
+    "rejoin",
+    "serving_on",
+    "shoal",
+    "start_head",
+]
 
 PORT = 6379
-RAY_ENV = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-# As cluster/deploy/ray/node.env has it: a node that does not answer is given up after seconds instead of a minute.
+# As cluster/deploy/ray/node.env has it: a node that does not answer is given up after seconds instead of a minute, and
+# a head that is started again is the same one.
+RAY_ENV = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+}
+_STORE_ENV = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": "/tmp/gcs"}
 _HEAD_ENV = {
     **RAY_ENV,
     "RAY_health_check_period_ms": "1000",
@@ -36,15 +58,38 @@ def give_token(*hosts: Host, token: str | None = None) -> str:
     return token
 
 
-def start_head(host: Host, *, num_cpus: int) -> None:
+def start_head(host: Host, *, num_cpus: int, store: Mapping[str, str] = _STORE_ENV) -> None:
+    """`store` says where Ray keeps what its head knows."""
     address = f"--node-ip-address={host.address}"
     options = ("--include-dashboard=false", f"--num-cpus={num_cpus}", _STORE, address)
-    host.run("ray", "start", "--head", f"--port={PORT}", *options, env=_HEAD_ENV, timeout_s=_START_TIMEOUT_S)
+    host.run(
+        "ray", "start", "--head", f"--port={PORT}", *options, env={**_HEAD_ENV, **store}, timeout_s=_START_TIMEOUT_S
+    )
 
 
 def join(host: Host, head: Host, *, num_cpus: int, env: Mapping[str, str] = RAY_ENV) -> None:
     options = (f"--num-cpus={num_cpus}", _STORE, f"--node-ip-address={host.address}")
     host.run("ray", "start", f"--address={head.address}:{PORT}", *options, env=env, timeout_s=_START_TIMEOUT_S)
+
+
+def rejoin(host: Host, head: Host, *, num_cpus: int) -> None:
+    """Of a host that was away. Ray ends where its head has given it up; what supervises services starts it again."""
+    if not host.processes("raylet/raylet"):
+        host.run("ray", "stop", "--force", check=False)
+        join(host, head, num_cpus=num_cpus)
+
+
+def keep_gcs(head: Host) -> HostProcess:
+    """As node.env's function of that name."""
+    return head.start(sys.executable, "-m", "cluster.app.gcs_keeper", str(PORT), env=RAY_ENV)
+
+
+def kill_ray(host: Host) -> None:
+    """SIGKILL to all of Ray's processes on a host and to what they run, but for a `shoal serve`."""
+    for process in host.processes("ray"):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "shoal.yaml" not in process.cmdline()[-1] and process.pid != host.pid:
+                process.kill()
 
 
 @contextmanager

@@ -178,3 +178,28 @@ async def test_faults_of_a_pipeline_whose_experts_move(model: Path, tmp_path: Pa
         assert all(one == answers[-1] for one in answers), "disturbed or not"
         assert [ranks.living[number] for number in (0, 1)] == survivors
         assert ranks.num_sets == 1, "nobody started all ranks again"
+
+
+async def test_faults_while_experts_move(model: Path, tmp_path: Path) -> None:
+    """With a rank that takes part, as it reads what it is to hold or as all change over at once."""
+    balance = ExpertBalance(interval_s=0.3, threshold=1.0)
+    async with leading(tmp_path, model, ParallelPlan(data=3), expert_balance=balance) as case:
+        leader, ranks = case.leader, case.ranks
+        await case.until_whole()
+        expected, num_sets = await case.answers(), ranks.num_sets
+        for number, method, victim, how in (
+            (1, "stage_experts", 1, signal.SIGKILL),
+            (0, "switch_experts", 2, signal.SIGKILL),  # some are asked already, some are not
+            (2, "switch_experts", 0, signal.SIGKILL),
+            (1, "switch_experts", 1, signal.SIGSTOP),
+        ):
+            generation = leader.generation
+            hit = at(ranks, number, method, lambda victim=victim, how=how: ranks.kill(victim, how))  # type: ignore[misc]
+            while not hit.is_set():  # whether experts move is for what the tokens choose to say
+                assert await case.answers() == expected, (number, method)
+            assert await case.answers() == expected, "what follows, too"
+            await case.until_whole(generation)
+        moved = at(ranks, 2, "switch_experts", lambda: None)
+        while not moved.is_set():
+            assert await case.answers() == expected, "experts still move"
+        assert ranks.num_sets == num_sets, "nobody started all ranks again"

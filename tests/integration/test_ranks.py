@@ -20,6 +20,7 @@ from tests.integration.rank_process import Engine
 from workers.parallel.build import is_built
 from workers.parallel.groups import Groups, host_store
 from workers.parallel.plan import ParallelPlan
+from workers.report import Outdated
 from workers.settings import EngineSettings
 
 STEP_TIMEOUT_S = 20.0  # on a busy machine no rank may be taken for one that hangs
@@ -227,7 +228,7 @@ async def test_a_lost_first_rank_frees_its_followers(start: StartEngine, collect
     follower.call("stop")
 
 
-def test_a_rank_that_does_not_come_is_named() -> None:
+def test_a_rank_that_does_not_come_is_named_and_not_waited_for_when_it_is_over() -> None:
     store = host_store("127.0.0.1")
     settings = EngineSettings(
         engine="e0",
@@ -238,12 +239,13 @@ def test_a_rank_that_does_not_come_is_named() -> None:
         device="cpu",
         max_model_len=64,
     )
+
+    def wait(timeout_s: float, *, over: bool) -> None:
+        hosts = dict.fromkeys(range(3), "127.0.0.1")
+        where = (store.host, store.port)
+        Groups.join(settings, 1, generation=4, store=where, hosts=hosts, timeout_s=timeout_s, is_over=lambda: over)
+
     with pytest.raises(TimeoutError, match=r"ranks \[0, 2\] did not join generation 4"):
-        Groups.join(
-            settings,
-            1,
-            generation=4,
-            store=(store.host, store.port),
-            hosts=dict.fromkeys(range(3), "127.0.0.1"),
-            timeout_s=0.2,
-        )
+        wait(0.2, over=False)
+    with pytest.raises(Outdated, match="generation 4 is over"):
+        wait(10_000.0, over=True)

@@ -16,6 +16,7 @@ from tests.hosts import Hosts, needs_hosts, needs_sshd
 from tests.hosts.host import HOME
 from tests.hosts.ray_cluster import serving_on
 from tests.hosts.ray_up import API_KEY, config, hosts_for_ray_up, ray_up
+from tests.integration.served import eventually
 
 pytestmark = [needs_hosts, needs_sshd, pytest.mark.root, pytest.mark.timeout(300)]
 
@@ -36,6 +37,15 @@ def hosts(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hos
         ray_up(operator, nodes)
         print(f"\nray up on {NUM_NODES} hosts: {time.monotonic() - began_s:.1f} s")
         yield made
+
+
+def test_somebody_watches_over_the_head(hosts: Hosts) -> None:
+    head = hosts[0]
+    log = head.outside(HOME / ".shoal/gcs-keeper.log")
+    eventually(
+        lambda: "watching over the GCS" in log.read_text(), "the keeper runs, and finds that the head keeps its state"
+    )
+    assert head.outside(HOME / ".shoal/gcs").is_dir()
 
 
 def test_ray_up_then_serve_then_a_request(hosts: Hosts, model: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -31,6 +32,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pair(model: Path) -> Iterator[Served]:
     with serving(model, "--engines", "2", "--front-doors", "2") as server:
         yield server
+
+
+def heads(served: Served) -> list[psutil.Process]:
+    """Ray's GCS, whoever started it."""
+    found = []
+    for process in served.note_processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name() == "gcs_server" and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def busy_engine(served: Served) -> tuple[str, int]:
@@ -121,6 +132,24 @@ def test_a_killed_leader_and_a_killed_roster_cost_nothing(pair: Served) -> None:
     eventually(lambda: all_ready(pair, newer_than={"engine-0": 1, "engine-1": 1}), "new leaders lead")
     after = {engine.name: (engine.generation, engine.ranks[0].pid) for engine in pair.status().engines}
     assert after == before, "the ranks were taken over as they were"
+
+
+def test_a_killed_head_is_back_and_nobody_else_ends(pair: Served) -> None:
+    eventually(lambda: all_ready(pair, newer_than={"engine-0": 1, "engine-1": 1}), "both engines")
+    before = {engine.name: (engine.generation, engine.ranks[0].pid) for engine in pair.status().engines}
+    expected = pair.tokens(PROMPT, max_tokens=NUM_TOKENS)
+    stream = pair.stream(PROMPT, max_tokens=NUM_TOKENS)
+    first = next(stream)
+    (head,) = heads(pair)
+    head.kill()
+    assert [*first.token_ids, *(token for chunk in stream for token in chunk.token_ids)] == expected
+    eventually(lambda: [one for one in heads(pair) if one.pid != head.pid] != [], "there is another")
+    assert {engine.name: (engine.generation, engine.ranks[0].pid) for engine in pair.status().engines} == before
+    pair.note_processes()
+    os.kill(before["engine-0"][1], signal.SIGKILL)
+    newer = {"engine-0": before["engine-0"][0] + 1, "engine-1": before["engine-1"][0]}
+    eventually(lambda: all_ready(pair, newer_than=newer), "a rank that dies afterwards is started again")
+    assert pair.tokens(PROMPT, max_tokens=NUM_TOKENS) == expected
 
 
 def test_a_killed_command_leaves_nothing(pair: Served) -> None:

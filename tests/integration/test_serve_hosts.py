@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tests.checkpoints import tiny_deepseek
 from tests.hosts import Host, Hosts, make_hosts, needs_hosts
 from tests.hosts.host import HOME, ROOT
 from tests.hosts.ray_cluster import RAY_ENV, join, ray_cluster, serving_on, shoal
-from tests.integration.served import eventually
+from tests.integration.served import SHOAL, eventually
 
 pytestmark = [needs_hosts, pytest.mark.root, pytest.mark.timeout(240)]
 
@@ -187,6 +188,30 @@ def test_ranks_that_find_no_place_end_the_start_in_time(hosts: Hosts, model: Pat
     told, *found = serve_in_vain(hosts[0], model, config(plan="data: 4", start_timeout_s=8))
     assert told.startswith("not ready after 8 s (cluster.start_timeout_s): engine-0 is placing")
     assert any(line.startswith("room: ranks need 4 times 1 CPU in one piece; the cluster has: host-") for line in found)
+
+
+def test_a_start_over_a_cut_link_ends_in_time_and_names_the_two(hosts: Hosts, model: Path) -> None:
+    """With everything taken down: 65 s after its time was over at the latest, as the README has it."""
+    first, second, third = hosts
+    third.write(".ray/auth_token", first.outside(HOME / ".ray/auth_token").read_text())
+    join(third, first, num_cpus=1)
+    hosts.cut(second, third)
+    first.outside("/tmp/shoal.yaml").write_text(config(plan="data: 3", start_timeout_s=10))
+    where = ("--address", "auto", "--config", "/tmp/shoal.yaml", "--model-path", str(model))
+    server = first.start(*SHOAL, "serve", *where, env=RAY_ENV)
+    try:
+        eventually(lambda: "engine-0: " in server.output or server.poll() is not None, "it has begun", timeout_s=120)
+        began_s = time.monotonic()
+        assert server.wait(10 + 65 + 30) == 1, server.output
+    finally:
+        server.kill()
+    print(f"\nended {time.monotonic() - began_s:.1f} s after it had begun to place ranks")
+    hosts.heal()
+    third.run("ray", "stop", "--force", check=False)
+    lines = [line.removeprefix("shoal: ") for line in server.output.splitlines() if line.startswith("shoal: ")]
+    assert lines[0].startswith("not ready after 10 s (cluster.start_timeout_s)"), server.output
+    assert any(line.startswith("link on host-2 - host-3: no connection") for line in lines), lines
+    assert not [process for host in hosts for process in host.processes("ray::RankActor")]
 
 
 def doctor(host: Host, *options: str) -> tuple[int, dict[tuple[str, str], dict[str, str]]]:

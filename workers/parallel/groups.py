@@ -12,7 +12,8 @@ import importlib
 import logging
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -29,6 +30,7 @@ from workers.parallel.exchange_choice import join_exchange
 from workers.parallel.liveness import stuck_after_s
 from workers.parallel.stages import OneStage, ProcessGroupStages, Stages
 from workers.parallel.vacant import LoneExchange
+from workers.report import Outdated
 from workers.settings import EngineSettings
 
 __all__ = ["Groups", "HostedStore", "host_store"]
@@ -36,6 +38,7 @@ __all__ = ["Groups", "HostedStore", "host_store"]
 log = logging.getLogger(__name__)
 
 _JOIN_TIMEOUT_S = 60.0
+_LOOK_S = 0.1  # how soon who waits for others learns that their generation is over
 
 
 class HostedStore:
@@ -126,11 +129,13 @@ class Groups:
         hosts: Mapping[int, str],
         spread_experts: bool = False,
         timeout_s: float = _JOIN_TIMEOUT_S,
+        is_over: Callable[[], bool] = lambda: False,
     ) -> Groups:
         """Meets the other members of the generation, whole DP groups; `hosts` has each member's, this rank's too.
 
         `spread_experts` says that the model's routed experts are spread over all of a stage; without that a DP group
-        meets alone. Raises RuntimeError or TimeoutError naming who is missing.
+        meets alone. Raises RuntimeError or TimeoutError naming who is missing, or Outdated once `is_over` says that
+        this generation is not to come.
         """
         plan = settings.plan
         own = plan.place(rank).dp_group
@@ -139,7 +144,7 @@ class Groups:
         if world.size == 1:
             return cls(generation, SingleRank(), expert=LoneExchange() if spread_experts else None)
         name = f"gen{generation}" if spread_experts else f"gen{generation}/group{own}"
-        shared = _meet(world, name, generation, store, timeout_s)
+        shared = _meet(world, name, generation, store, timeout_s, is_over)
         native.prepare_gloo(hosts[rank])
         native.prepare_nccl()
         obstacle = _obstacle(settings, tuple(hosts[member] for member in members)) or _agree(shared, world)
@@ -163,18 +168,25 @@ class Groups:
             _leave_world()
 
 
-def _meet(world: _World, name: str, generation: int, store: tuple[str, int], timeout_s: float) -> Any:
+def _meet(
+    world: _World, name: str, generation: int, store: tuple[str, int], timeout_s: float, is_over: Callable[[], bool]
+) -> Any:
     """The generation's part of the store, once every member is there."""
     timeout = timedelta(seconds=timeout_s)
     client = TCPStore(store[0], store[1], is_master=False, wait_for_workers=False, timeout=timeout)
     shared = PrefixStore(name, client)
     shared.set(f"joined/{world.rank}", "1")
-    try:
-        shared.wait([f"joined/{other}" for other in world.members], timeout)
-    except RuntimeError as error:
-        missing = [other for other in world.members if not shared.check([f"joined/{other}"])]
-        raise TimeoutError(f"ranks {missing} did not join generation {generation} in {timeout_s:g} s") from error
-    return shared
+    keys = [f"joined/{other}" for other in world.members]
+    give_up_s = time.monotonic() + timeout_s
+    while (left_s := give_up_s - time.monotonic()) > 0:
+        try:
+            shared.wait(keys, timedelta(seconds=min(left_s, _LOOK_S)))
+            return shared
+        except RuntimeError:
+            if is_over():
+                raise Outdated(f"generation {generation} is over: rank {world.rank} waits for it no more") from None
+    missing = [other for other in world.members if not shared.check([f"joined/{other}"])]
+    raise TimeoutError(f"ranks {missing} did not join generation {generation} in {timeout_s:g} s")
 
 
 def _obstacle(settings: EngineSettings, hosts: tuple[str, ...]) -> str | None:

@@ -45,6 +45,7 @@ def test_no_node_starts_without_the_token(name: str) -> None:
         assert ". ~/.shoal/node.env;" in start.partition("ray start")[0]
         assert "--node-ip-address=$(node_address)" in start
     assert "--include-dashboard=false" in starts[0]
+    assert config["head_start_ray_commands"][-1].endswith(". ~/.shoal/node.env; keep_gcs"), "once the head runs"
     assert "\nexport RAY_AUTH_MODE=token\n" in (FOLDER / "node.env").read_text()
 
 
@@ -73,3 +74,10 @@ def test_the_interface_is_said_once() -> None:
 
 def test_the_path_leads_to_shoal() -> None:
     assert in_shell("echo $PATH", SHOAL_VENV="/srv/shoal/.venv").startswith("/srv/shoal/.venv/bin:")
+
+
+def test_the_head_keeps_what_it_knows() -> None:
+    show = "echo ${RAY_gcs_storage-none} ${RAY_gcs_storage_path-none}"
+    assert in_shell(show, HOME="/home/me") == "rocksdb /home/me/.shoal/gcs"
+    assert in_shell(show, RAY_gcs_storage_path="/disk") == "rocksdb /disk"
+    assert in_shell(show, RAY_REDIS_ADDRESS="10.0.0.1:6379") == "none none", "in Redis"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cluster.app.memory import Kept, decode, encode
+from cluster.front_door.groups import GroupAddress
 from cluster.orders import News, Orders
 from cluster.roster import Decisions, Roster
 
@@ -11,7 +12,8 @@ def test_what_is_kept_comes_back() -> None:
     orders = Orders()
     orders.tell(orders.give("rollout", bytes(range(256))), News("running", "é"))
     decisions = Decisions(leaving=(("engine-0/1", 2.5),), weights=(("2", 0.1),), closing=(("10.0.0.1", 3.0),))
-    kept = Kept(decisions=decisions, orders=orders.kept())
+    groups = (GroupAddress(key="engine-0/1", engine="engine-0", dp_group=1, host="10.0.0.1", port=4711, generation=3),)
+    kept = Kept(decisions=decisions, orders=orders.kept(), groups=groups)
     assert decode(encode(kept)) == kept
 
 

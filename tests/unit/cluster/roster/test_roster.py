@@ -114,6 +114,34 @@ def test_a_roster_that_was_restarted_learns_from_reports_before_it_gives_anythin
     assert roster.claim("new", ENGINES) == Claim("engine-1", 0)
 
 
+def test_groups_outlive_their_leader_and_the_roster_together() -> None:
+    """As when a host dies that has both: until another leader has looked, they go on."""
+    clock = Clock()
+    kept = (group("engine-0", 4), group("engine-1", 2))
+    roster = Roster(clock, lease_s=LEASE_S, reap_after_s=REAP_S, settle_s=LEASE_S, groups=kept)
+    assert roster.snapshot().groups == kept
+    assert roster.engines() == (), "nobody leads them"
+    assert roster.report_engine(report("engine-1", "old", generation=2)), "whose leader lives goes on with it"
+    assert roster.snapshot().groups == kept[:1]
+    assert roster.claim("new", ENGINES) is None
+    clock.now_s += LEASE_S - 1
+    roster.report_engine(report("engine-1", "old", generation=2))
+    clock.now_s += 1
+    assert roster.claim("new", ENGINES) == Claim("engine-0", 4)
+    assert roster.report_engine(replace(report("engine-0", "new"), groups=None))
+    assert roster.snapshot().groups == kept[:1]
+    assert roster.report_engine(report("engine-0", "new", group("engine-0", 5), generation=5))
+    assert roster.snapshot().groups == (group("engine-0", 5),)
+
+
+def test_groups_that_no_leader_comes_for_go_in_the_end() -> None:
+    clock = Clock()
+    roster = Roster(clock, lease_s=LEASE_S, reap_after_s=REAP_S, groups=(group("engine-0", 4),))
+    clock.now_s += LEASE_S + REAP_S
+    assert roster.take_abandoned() == ("engine-0",)
+    assert roster.snapshot().groups == ()
+
+
 def test_what_nobody_leads_is_given_out_once_to_be_taken_down() -> None:
     roster, clock = make()
     roster.claim("a", ENGINES)
