@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from rich.console import Console
@@ -59,16 +61,17 @@ def _examine(config: Config, wanted: Wanted, *, with_links: bool, timeout_s: flo
         from cluster.doctor.gather import gather
 
         return examine([gather(wanted, address=_LOOPBACK)], wanted)
-    try:
-        session = join_ray(address)
-    except ConnectionError as error:
-        fail(error, USAGE)
-    from cluster.doctor.nodes import examine_cluster
+    with redirect_stdout(sys.stderr):  # where Ray tells of nodes that come and go: what we print is for scripts, too
+        try:
+            session = join_ray(address)
+        except ConnectionError as error:
+            fail(error, USAGE)
+        from cluster.doctor.nodes import examine_cluster
 
-    try:
-        return examine_cluster(wanted, with_links=with_links, timeout_s=timeout_s)
-    finally:
-        session.end()
+        try:
+            return examine_cluster(wanted, with_links=with_links, timeout_s=timeout_s)
+        finally:
+            session.end()
 
 
 def _wanted(config: Config, model_path: str) -> Wanted:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -78,11 +80,12 @@ def _found(config: Config) -> Machine:
         return this_machine()
     from cluster.app.nodes import cluster_machine  # brings Ray
 
-    session = join_ray(config.cluster.address)
-    try:
-        return cluster_machine()
-    finally:
-        session.end()
+    with redirect_stdout(sys.stderr):  # where Ray tells of nodes that come and go: what we print is for scripts, too
+        session = join_ray(config.cluster.address)
+        try:
+            return cluster_machine()
+        finally:
+            session.end()
 
 
 def _document(config: Config, resolved: Resolved) -> dict[str, object]:

@@ -194,9 +194,12 @@ class Host:
         if self._init is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
-            self._init.wait()
+        # Before the wait: the host's first process ends after all others are reaped, and who entered for one of those
+        # that was stopped is stopped, too, and reaps nobody.
         while self._started:
             self._started.pop().kill()
+        if self._init is not None:
+            self._init.wait()
 
     def write(self, path: str, text: str, mode: int = 0o600) -> None:
         """A file below HOME, where `path` is relative to it."""

@@ -190,6 +190,24 @@ def test_ranks_that_find_no_place_end_the_start_in_time(hosts: Hosts, model: Pat
     assert any(line.startswith("room: ranks need 4 times 1 CPU in one piece; the cluster has: host-") for line in found)
 
 
+def doctor(host: Host, *options: str) -> tuple[int, dict[tuple[str, str], dict[str, str]]]:
+    """The exit code, and the findings by check and place."""
+    host.outside("/tmp/doctor.yaml").write_text(f"cluster: {{host: 0.0.0.0, port: {PORT}, http_port: {HTTP_PORT}}}")
+    code, out, errors = shoal(host, "doctor", "--address", "auto", "--config", "/tmp/doctor.yaml", "--json", *options)
+    assert out, errors
+    return code, {(finding["check"], finding["node"]): finding for finding in json.loads(out)["findings"]}
+
+
+def test_the_doctor_finds_nothing_on_healthy_hosts(hosts: Hosts, model: Path) -> None:
+    code, found = doctor(hosts[0], "--model-path", str(model))
+    assert code == 0, found
+    assert {finding["level"] for finding in found.values()} <= {"ok", "warning"}
+    for check in ("versions", "addresses", "ports", "clock", "shared memory", "memory", "disk", "compiler", "model"):
+        assert {node for name, node in found if name == check} == {"host-1", "host-2"}
+    assert found["Ray's token", "host-2"]["text"] == "demanded"
+    assert "all-reduce" in found["link", "host-1 - host-2"]["text"]
+
+
 def test_a_start_over_a_cut_link_ends_in_time_and_names_the_two(hosts: Hosts, model: Path) -> None:
     """With everything taken down: 65 s after its time was over at the latest, as the README has it."""
     first, second, third = hosts
@@ -212,24 +230,6 @@ def test_a_start_over_a_cut_link_ends_in_time_and_names_the_two(hosts: Hosts, mo
     assert lines[0].startswith("not ready after 10 s (cluster.start_timeout_s)"), server.output
     assert any(line.startswith("link on host-2 - host-3: no connection") for line in lines), lines
     assert not [process for host in hosts for process in host.processes("ray::RankActor")]
-
-
-def doctor(host: Host, *options: str) -> tuple[int, dict[tuple[str, str], dict[str, str]]]:
-    """The exit code, and the findings by check and place."""
-    host.outside("/tmp/doctor.yaml").write_text(f"cluster: {{host: 0.0.0.0, port: {PORT}, http_port: {HTTP_PORT}}}")
-    code, out, errors = shoal(host, "doctor", "--address", "auto", "--config", "/tmp/doctor.yaml", "--json", *options)
-    assert out, errors
-    return code, {(finding["check"], finding["node"]): finding for finding in json.loads(out)["findings"]}
-
-
-def test_the_doctor_finds_nothing_on_healthy_hosts(hosts: Hosts, model: Path) -> None:
-    code, found = doctor(hosts[0], "--model-path", str(model))
-    assert code == 0, found
-    assert {finding["level"] for finding in found.values()} <= {"ok", "warning"}
-    for check in ("versions", "addresses", "ports", "clock", "shared memory", "memory", "disk", "compiler", "model"):
-        assert {node for name, node in found if name == check} == {"host-1", "host-2"}
-    assert found["Ray's token", "host-2"]["text"] == "demanded"
-    assert "all-reduce" in found["link", "host-1 - host-2"]["text"]
 
 
 def test_the_doctor_finds_every_sick_host(hosts: Hosts, model: Path) -> None:
