@@ -27,7 +27,7 @@ serve: $(STAMP)
 
 # tests/conftest.py says what runs beside what
 test: $(STAMP)
-	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder --durations=25 $(ARGS)
 
 unit: $(STAMP)
 	$(BIN)/pytest tests/unit -n auto --dist worksteal $(ARGS)
