@@ -59,21 +59,21 @@ def oracle(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path, oracle: Any) -> list[list[int]]:
+    """Of all prompts at once, which takes transformers a tenth of the time; shorter ones are filled up in front."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    answers = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([tokenizer.encode(prompt).ids])
-        answer = oracle.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NUM_TOKENS,
-            min_new_tokens=NUM_TOKENS,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-        )
-        answers.append(answer[0, ids.shape[1] :].tolist())
-    return answers
+    prompts = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
+    width = max(map(len, prompts))
+    answers = oracle.generate(
+        torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts]),
+        attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]),
+        pad_token_id=0,
+        max_new_tokens=NUM_TOKENS,
+        min_new_tokens=NUM_TOKENS,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+    )
+    return [answer[width:].tolist() for answer in answers]
 
 
 def test_logits_are_those_of_transformers(folder: Path, oracle: Any) -> None:

@@ -64,7 +64,7 @@ async def test_class_and_deadline_come_through_both_doors() -> None:
         assert (await post(door, priority=7, timeout=30.0)).status_code == 200
     by_grpc, by_http = group.submits
     assert (by_grpc.priority, by_http.priority) == (-3, 7)
-    assert 30.0 < by_grpc.timeout_s <= 40.0
+    assert 30.0 < by_grpc.timeout_s <= 40.0 * 1.01  # on the wire gRPC rounds what is left up
     assert 20.0 < by_http.timeout_s <= 30.0
 
 
