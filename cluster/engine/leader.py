@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from cluster.engine.adopting import adopt
-from cluster.engine.asking import ask_all, ask_each
+from cluster.engine.asking import all_of, ask_all, ask_each
 from cluster.engine.balancing import Balancing
 from cluster.engine.forming import form
 from cluster.engine.history import History, Occasion
@@ -294,7 +294,12 @@ class Leader:
 
     async def _renew(self) -> None:
         """Also asks how the ranks are: one whose group has failed answers, and runs no step any more."""
-        await self._all(lambda rank: rank.renew(self._pace.rank_lease_s), self._pace.call_timeout_s)
+        owed, lease_s = self._means.owed, self._pace.rank_lease_s
+        renewals = {
+            number: owed.by(number, rank, lambda rank: rank.renew(lease_s))
+            for number, rank in self._members.ranks.items()
+        }
+        await all_of(renewals, self._pace.call_timeout_s)
         self._statuses = await self._ask_statuses()
         for status in self._statuses:
             if status.state is not RankState.RUNNING:
@@ -324,6 +329,7 @@ class Leader:
         self._advance(EngineEvent.LOST)
         await self._returning.end()
         await self._ranks.clear()
+        self._means.owed.forget(range(self._settings.plan.num_ranks))
         if starts > 1:
             await asyncio.sleep(min(self._pace.most_backoff_s, self._pace.first_backoff_s * 2 ** (starts - 2)))
         self._advance(EngineEvent.CLEARED)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from cluster.engine.asking import Owed
 from cluster.engine.pace import Pace
 from cluster.engine.ranks import Ranks
 from workers.report import RankAddress
@@ -37,6 +38,7 @@ class Means:
         self.ranks = ranks
         self.pace = pace
         self.newest = newest
+        self.owed = Owed()
         self._host_store = host_store
         self._store: StoreHost | None = None
 

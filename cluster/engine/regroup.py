@@ -17,14 +17,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.engine.asking import all_of, ask_all, ask_each
+from cluster.engine.asking import all_of, ask_all, ask_each, each_of
 from cluster.engine.means import Means
 from cluster.engine.members import Members
 from cluster.engine.partition import to_fence
-from cluster.engine.ranks import ExpertPlaces, RankLost, RankRefused
+from cluster.engine.ranks import ExpertPlaces, Rank, RankLost, RankRefused
 from scheduler.experts_regroup import regrouped
 from workers.parallel.plan import ParallelPlan
-from workers.report import Holdings, RankState
+from workers.report import Holdings, RankState, RankStatus
 
 __all__ = ["NoRoom", "Regroup", "Regrouped"]
 
@@ -81,7 +81,7 @@ class Regroup:
     async def _living(self, members: Members) -> Members:
         """The DP groups that are whole. What does not answer, or cannot go on, is fenced."""
         left = {number: rank for number, rank in members.ranks.items() if number not in self._fenced}
-        answers, lost = await ask_each(left, lambda rank: rank.status(), self._pace.answer_timeout_s)
+        answers, lost = await self._ask_statuses(left)
         for number, status in answers.items():
             if status.state in (RankState.BROKEN, RankState.STOPPED):
                 lost[number] = f"rank {number} is {status.state}: {status.reason}"
@@ -95,10 +95,22 @@ class Regroup:
             raise RankLost("no DP group is left whole: " + "; ".join(lost.values()))
         return whole
 
+    async def _ask_statuses(self, ranks: Mapping[int, Rank]) -> tuple[dict[int, RankStatus], dict[int, str]]:
+        """Whoever has long owed the leader an answer too, beside its peers, gets less time for this one."""
+        pace, owed = self._pace, self._means.owed
+        doubted = {number for number in ranks if owed.for_s(number) >= pace.answer_timeout_s}
+        calls = {number: owed.by(number, rank, lambda rank: rank.status()) for number, rank in ranks.items()}
+        (answers, lost), (late_answers, more_lost) = await asyncio.gather(
+            each_of({number: call for number, call in calls.items() if number not in doubted}, pace.answer_timeout_s),
+            each_of({number: call for number, call in calls.items() if number in doubted}, pace.doubted_timeout_s),
+        )
+        return answers | late_answers, lost | more_lost
+
     async def _fence(self, members: Members, lost: Mapping[int, str]) -> None:
         for reason in lost.values():
             log.warning("%s: %s", self._settings.engine, reason)
         self._fenced |= lost.keys()
+        self._means.owed.forget(lost)
         await asyncio.gather(*(self._means.ranks.fence(number, members.addresses.get(number)) for number in lost))
 
     async def _once(self, members: Members) -> Regrouped:

@@ -36,9 +36,11 @@ class FakeRank:
     dies_at: str = ""
     freezes_at: str = ""
     frozen: bool = False
+    called: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def _called(self, name: str) -> None:
         self.calls.append(name)
+        self.called.set()
         await asyncio.sleep(0)
         if name == self.dies_at:
             self.death.set()

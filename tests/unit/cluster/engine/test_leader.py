@@ -106,10 +106,12 @@ async def leading(
     settings: EngineSettings = SETTINGS,
     generation: int = 0,
     orphans: Callable[[FakeRanks], list[FakeRank]] = lambda ranks: [],
+    pace: Pace = PACE,
+    patience_s: float = 10.0,
 ) -> AsyncIterator[Case]:
-    case = Case(prepare, settings, generation)
+    case = Case(prepare, settings, generation, pace)
     case.ranks.orphans = orphans(case.ranks)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(patience_s):
         running = asyncio.create_task(case.leader.run())
         try:
             yield case

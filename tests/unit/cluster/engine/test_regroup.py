@@ -10,10 +10,12 @@ from random import Random
 
 import pytest
 
+from cluster.engine.pace import Pace
 from cluster.engine.ranks import Rank, RankLost, RankRefused
 from cluster.engine.states import EngineState
 from scheduler.experts import contiguous
 from tests.unit.cluster.engine.fake_ranks import FakeRank
+from tests.unit.cluster.engine.jumping_loop import JumpingLoop
 from tests.unit.cluster.engine.test_leader import SETTINGS, Case, leading
 from workers.parallel.plan import ParallelPlan
 from workers.report import Holdings, RankState
@@ -103,6 +105,33 @@ async def test_a_frozen_rank_is_fenced() -> None:
         assert case.ranks.fenced == [1]
         assert frozen.death.is_set()
         check(case)
+
+
+@pytest.mark.parametrize(("owed_s", "fenced_after_s"), [(0.5, 1.5), (3.0, 0.5)])
+def test_a_rank_that_had_owed_its_leader_an_answer_gets_less_time(owed_s: float, fenced_after_s: float) -> None:
+    """That its peers miss it is no news then."""
+
+    async def case() -> None:
+        pace = Pace(renew_every_s=1.0)
+        async with leading(holding, settings=FOUR, pace=pace, patience_s=1e4) as case:
+            await case.until_state(EngineState.READY)
+            clock = asyncio.get_running_loop()
+            for rank in case.ranks.living.values():
+                rank.calls.clear()
+            frozen = case.ranks.living[1]
+            frozen.frozen = True
+            while "renew" not in frozen.calls:
+                frozen.called.clear()
+                await frozen.called.wait()
+            await asyncio.sleep(owed_s)
+            troubled_s = clock.time()
+            case.ranks.living[0].troubled.set()
+            await frozen.death.wait()
+            assert clock.time() - troubled_s == pytest.approx(fenced_after_s, abs=0.01)
+            await until_whole(case, 3)
+
+    with asyncio.Runner(loop_factory=JumpingLoop) as runner:
+        runner.run(case())
 
 
 async def test_what_is_left_of_a_group_goes_with_it() -> None:
