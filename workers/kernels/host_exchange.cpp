@@ -50,7 +50,8 @@ bool hear(Link& link, int64_t* head, int64_t head_bytes, Trouble& trouble) {
   alignas(8) static thread_local uint8_t buffer[sizeof(Message) + kMostHead];
   while (true) {
     const ssize_t got = recv(static_cast<int>(link.descriptor), buffer, sizeof buffer, MSG_DONTWAIT);
-    if (got < 0 && errno == EINTR) continue;
+    // A reset is told once, where the peer left with something of ours unread: what it sent before follows.
+    if (got < 0 && (errno == EINTR || errno == ECONNRESET)) continue;
     if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return false;
     if (got < static_cast<ssize_t>(sizeof(Message))) return trouble = kGone, true;
     Message message;

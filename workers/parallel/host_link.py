@@ -156,6 +156,8 @@ class Link:
                 message = self._socket.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
+            except ConnectionResetError:  # it left with something of ours unread, told once: what it sent follows
+                continue
             except OSError:
                 message = b""
             if not message:

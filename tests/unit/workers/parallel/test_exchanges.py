@@ -16,6 +16,7 @@ from tests.unit.workers.parallel.host_exchanges import host_exchanges
 from tests.unit.workers.thread_exchange import on_threads
 from workers.parallel.exchange import Exchange, ProcessGroupExchange
 from workers.parallel.host_link import PIECE_BYTES
+from workers.parallel.host_native import Told
 
 Exchanges = Callable[[int], Any]
 
@@ -190,6 +191,22 @@ def test_a_rank_that_is_done_may_leave_before_the_others() -> None:
             assert torch.bincount(rows[:, 0].long()).tolist() == sizes[:, rank].tolist()
 
         on_threads(3, work)
+
+
+def test_a_rank_that_leaves_with_something_unread_is_heard_first() -> None:
+    """The kernel tells of the unread message (ECONNRESET) before it hands out what the rank had sent."""
+    with host_exchanges(2) as found:
+        x, counts = torch.arange(4.0).view(2, 2), torch.tensor([[1], [1]])
+        ours, theirs = (exchange._short for exchange in found)
+        assert ours is not None
+        assert theirs is not None
+        assert ours.post(x, counts, Told.THEIRS)
+        assert theirs.post(x + 10, counts, Told.THEIRS)
+        found[1].close()
+        arrived, received = counts.clone(), torch.empty(2, 2)
+        assert ours.hear(arrived, Told.THEIRS)
+        ours.fetch(received, x, counts, arrived)
+    assert received.tolist() == [[0.0, 1.0], [10.0, 11.0]]
 
 
 def test_sizes_that_do_not_match_are_an_error() -> None:

@@ -151,9 +151,13 @@ def test_more_than_fits_is_refused(links: list[Link]) -> None:
         ours.take(torch.zeros(8, dtype=torch.uint8))
 
 
-def test_what_was_sent_before_the_end_is_read(links: list[Link]) -> None:
+@pytest.mark.parametrize("unread", [False, True])
+def test_what_was_sent_before_the_end_is_read(links: list[Link], unread: bool) -> None:
+    """Though the peer leaves with a message of ours unread, which the kernel tells first (ECONNRESET)."""
     ours, theirs = links
     theirs.put(torch.ones(4, dtype=torch.uint8), 0, b"head")
+    if unread:
+        ours.put(torch.ones(1, dtype=torch.uint8), 0)
     theirs.close()
     ours.read()
     assert ours.readable
