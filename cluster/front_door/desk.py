@@ -98,7 +98,7 @@ class Desk:
         self._listeners: list[Callable[[], None]] = []
         self._idle = asyncio.Event()
         self._idle.set()
-        self._draining = False
+        self._leaving = self._closed = False
         links.on_change(self._changed)
 
     @property
@@ -108,7 +108,12 @@ class Desk:
 
     def ready(self) -> bool:
         """Whether a call would be taken and run now."""
-        return self._links.ready and not self._draining
+        return self._links.ready and not self._leaving
+
+    @property
+    def leaving(self) -> bool:
+        """Whether calls should come to another front door; those that still come here are answered."""
+        return self._leaving
 
     def on_ready_change(self, listener: Callable[[], None]) -> None:
         """Calls `listener` whenever `ready()` may have changed."""
@@ -164,7 +169,7 @@ class Desk:
         A call that is still being read, here or at another front door, is taken over. One that nobody remembers is
         gone on with by what the client brings along, `held`. Raises RequestNotFound where that is nothing.
         """
-        self._check_draining()
+        self._check_open()
         asked = Call(request_id=request_id, client=client, timeout_s=timeout_s, door=door, traceparent=traceparent)
         request = await self._find((client, request_id), positions, must_exist=held is None, held=held, door=door)
         if request is None and held is not None:
@@ -200,7 +205,7 @@ class Desk:
             try:
                 rewound = _checked_positions(request, positions)
                 deadline_s = self._deadline_s(asked.timeout_s)
-                self._check_draining()
+                self._check_open()
                 self._enter(request)
             except RequestError:
                 if request.key not in self._open:
@@ -262,13 +267,18 @@ class Desk:
         return await asyncio.to_thread(self.codec.decode, list(token_ids), skip_special_tokens)
 
     async def drain(self, timeout_s: float) -> None:
-        """Takes no new call, and waits for the open ones; those still open after `timeout_s` are ended."""
-        self._draining = True
+        """Waits until no call is open, then takes no new one; those still open after `timeout_s` are ended.
+
+        A call that comes meanwhile was sent before its client could know.
+        """
+        self._leaving = True
         self._changed()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
+            self._closed = True
         except TimeoutError:
+            self._closed = True
             for request in list(self._open.values()):
                 request.fail(Unavailable("the front door is shutting down", retry_after_s=1.0))
 
@@ -287,7 +297,7 @@ class Desk:
 
     def _come_in(self, request: OpenRequest) -> Resolved:
         """Whether a new call may: all that needs no tokenizer."""
-        self._check_draining()
+        self._check_open()
         resolved = resolve(request.call, self.card, self.limits)
         if request.key in self._open:
             raise AlreadyExists("a request of that id is open", field="request_id")
@@ -372,8 +382,8 @@ class Desk:
             raise DeadlineExceeded("the deadline had passed on arrival")
         return self._clock.time() + timeout_s
 
-    def _check_draining(self) -> None:
-        if self._draining:
+    def _check_open(self) -> None:
+        if self._closed:
             raise Unavailable("the front door is shutting down", retry_after_s=1.0)
 
     def _changed(self) -> None:

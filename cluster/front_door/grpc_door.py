@@ -39,6 +39,11 @@ class InferenceDoor:
         self._desk = desk
         self._guard = Guard(authenticate)
 
+    @property
+    def num_calls(self) -> int:
+        """That have come."""
+        return self._guard.num_calls
+
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
         """For `add_generic_rpc_handlers`."""
         guard = self._guard

@@ -40,15 +40,17 @@ class Method:
 
 
 class Guard:
-    """Wraps a method: authenticates, and turns what it raises into a status."""
+    """Wraps a method: counts, authenticates, and turns what it raises into a status."""
 
     def __init__(self, authenticate: Authenticate) -> None:
         self._authenticate = authenticate
+        self.num_calls = 0  # that have come
 
     def __call__(
         self, method: Callable[[Any, Asker, Context], Awaitable[object]], name: str
     ) -> Callable[[Any, Context], Awaitable[object]]:
         async def guarded(request: Any, context: Context) -> object:
+            self.num_calls += 1
             try:
                 asker = self._asker(context)
                 check_parsed(request)

@@ -17,6 +17,7 @@ from cluster.front_door.tls import Certificates
 __all__ = ["GrpcServer"]
 
 _REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+_MOMENT_S, _CATCH_UP_S = 0.001, 0.5
 
 
 class GrpcServer:
@@ -36,7 +37,8 @@ class GrpcServer:
         self._server = grpc.aio.server(options=_options(max_message_bytes))
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._services = [SERVICE]
-        handlers = [InferenceDoor(desk, authenticate).handler()]
+        self._door = InferenceDoor(desk, authenticate)
+        handlers = [self._door.handler()]
         if admin is not None:
             handlers.append(admin.handler())
             self._services.append(ADMIN)
@@ -67,7 +69,19 @@ class GrpcServer:
         """Tells those who watch that no new call should come; then the port is closed and every connection hears so
         (GOAWAY). Calls that are open go on for `grace_s` at most."""
         await self._health.enter_graceful_shutdown()
+        await self._catch_up()
         self._leaving = asyncio.get_running_loop().create_task(self._server.stop(grace_s), name="gRPC door leaves")
+        await self._catch_up()
+
+    async def _catch_up(self) -> None:
+        """Until no call has come for a moment. From the moment that gRPC stops it answers CANCELLED to calls that it
+        has read but not handed over yet, and to those that are sent before their client has read the GOAWAY."""
+        loop = asyncio.get_running_loop()
+        give_up_s = loop.time() + _CATCH_UP_S
+        seen = -1
+        while seen != self._door.num_calls and loop.time() < give_up_s:
+            seen = self._door.num_calls
+            await asyncio.sleep(_MOMENT_S)
 
     async def stop(self, grace_s: float) -> None:
         """Ends all calls; those of health watchers and the like after `grace_s` at most."""

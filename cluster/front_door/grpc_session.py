@@ -12,7 +12,7 @@ import grpc
 from cluster.front_door.call import Call
 from cluster.front_door.convert import Asker, call_of, chat_call_of, chunk_message
 from cluster.front_door.desk import Desk
-from cluster.front_door.errors import WIRE, InvalidRequest, RequestError, RequestNotFound
+from cluster.front_door.errors import WIRE, InvalidRequest, RequestError, RequestNotFound, Unavailable
 from cluster.front_door.grpc_errors import code_number
 from cluster.front_door.grpc_guard import Context, check_parsed
 from cluster.front_door.incidents import incident
@@ -24,7 +24,11 @@ log = logging.getLogger(__name__)
 
 
 class Session:
-    """One client's stream. An error ends its request, never the stream; the stream's end ends all its requests."""
+    """One client's stream. An error ends its request, never the stream; the stream's end ends all its requests.
+
+    Where the front door leaves, what is open is finished, and new requests are told so: a stream hears of it no other
+    way.
+    """
 
     def __init__(self, desk: Desk, asker: Asker, context: Context) -> None:
         self._desk = desk
@@ -56,6 +60,8 @@ class Session:
                 if not self._desk.cancel(request_id, self._asker.client):
                     raise RequestNotFound("no request of that id is open", field="request_id")
                 return
+            if self._desk.leaving:
+                raise Unavailable("the front door is shutting down: open another session", retry_after_s=1.0)
             call = (
                 call_of(request.generate, self._asker, request_id=request_id)
                 if action == "generate"

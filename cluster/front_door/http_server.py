@@ -15,6 +15,7 @@ from cluster.front_door.tls import Certificates
 __all__ = ["HttpServer"]
 
 _GRACE_S = 2
+_CLOSE = (b"connection", b"close")
 
 
 class HttpServer:
@@ -53,9 +54,17 @@ class HttpServer:
         return bound
 
     def leave(self) -> None:
-        """Takes no new connection; those that are open go on."""
+        """Takes no new connection; those that are open are closed behind their next answer, which says so."""
         for server in self._server.servers:
             server.close()
+        state, config = self._server.server_state, self._server.config
+        config.encoded_headers.append(_CLOSE)  # of which uvicorn makes those of the state again and again
+        state.default_headers = [*state.default_headers, _CLOSE]
+
+    def hang_up(self) -> None:
+        """Closes connections over which nothing is asked; the others behind their answer."""
+        for connection in list(self._server.server_state.connections):
+            connection.shutdown()
 
     async def stop(self) -> None:
         """Closes the port and, after a short grace, what is still open."""

@@ -193,11 +193,13 @@ class FrontDoorServer:
                 raise
 
     async def drain(self, timeout_s: float) -> None:
-        """Takes no new call and waits for the open ones; those still open after `timeout_s` are ended."""
-        await self._grpc.leave(timeout_s + _TOLD_S)
+        """Sends clients elsewhere and waits for the open calls; those still open after `timeout_s` are ended."""
         if self._http is not None:
             self._http.leave()
+        await self._grpc.leave(timeout_s + _TOLD_S)
         await self.desk.drain(timeout_s)
+        if self._http is not None:
+            self._http.hang_up()
 
     async def stop(self) -> None:
         """Closes everything; call `drain` first to be polite."""

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from cluster.front_door import grpc_server
 from cluster.front_door.limits import Limits
 from cluster.front_door.server import FrontDoorServer, FrontDoorSettings
 from protos.shoal.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
@@ -299,9 +300,64 @@ async def test_health_follows_readiness() -> None:
         draining = asyncio.create_task(door.server.drain(5))
         assert (await watch.read()).status == not_serving
         await draining
+        while (state := door.channel.get_state()) is grpc.ChannelConnectivity.READY:
+            await door.channel.wait_for_state_change(state)  # until the client has heard that the server leaves
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await door.stub.GenerateOnce(request())
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def _event(session: Any) -> pb.SessionEvent:
+    event = await session.read()
+    assert isinstance(event, pb.SessionEvent)
+    return event
+
+
+async def test_a_drain_lets_those_in_who_could_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC would turn away what it has read already, so it is stopped in a moment in which nobody calls."""
+    monkeypatch.setattr(grpc_server, "_MOMENT_S", 0.5)
+    monkeypatch.setattr(grpc_server, "_CATCH_UP_S", 20.0)
+    async with open_door(FakeGroup()) as door:
+        assert (await door.stub.GenerateOnce(request(max_tokens=2))).choices
+        draining = asyncio.create_task(door.server.drain(5))
+        await asyncio.sleep(0)
+        for _ in range(50):
+            assert (await door.stub.GenerateOnce(request(max_tokens=2))).choices
+        assert not draining.done()
+        await draining
+
+
+async def test_a_session_finishes_what_is_open_when_its_front_door_leaves() -> None:
+    """And refuses what is new, since its stream hears of it no other way."""
+
+    def named(request_id: str) -> pb.GenerateRequest:
+        message = request(max_tokens=20, seed=4)
+        message.request_id = request_id
+        return message
+
+    group = FakeGroup()
+    group.hold_at = 5
+    async with open_door(group) as door:
+        session: Any = door.stub.Session()  # type: ignore[call-arg]
+        await session.write(pb.SessionRequest(generate=named("old")))
+        chunks: list[pb.GenerateChunk] = []
+        while sum(len(chunk.token_ids) for chunk in chunks) < 5:
+            chunks.append((await _event(session)).chunk)
+        leaving = asyncio.Event()
+        door.server.desk.on_ready_change(leaving.set)
+        draining = asyncio.create_task(door.server.drain(20))
+        await leaving.wait()
+        await session.write(pb.SessionRequest(generate=named("new")))
+        error = (await _event(session)).error
+        assert (error.request_id, error.code) == ("new", grpc.StatusCode.UNAVAILABLE.value[0])
+        assert "open another session" in error.message
+        group.release()
+        group.go_on()
+        await session.done_writing()
+        while isinstance(event := await session.read(), pb.SessionEvent):
+            chunks.append(event.chunk)
+        await draining
+    assert _join(chunks) == expected_text(HI, 4, 20)
 
 
 async def test_a_wrong_secret_gets_nowhere() -> None:
@@ -322,6 +378,41 @@ async def test_both_doors_share_the_desk() -> None:
         metrics = (await client.get("/metrics")).text
         assert 'shoal_requests_total{code="ok",door="grpc",model_name="fake"} 1.0' in metrics
         assert 'shoal_requests_total{code="ok",door="http",model_name="fake"} 1.0' in metrics
+
+
+async def test_a_drain_sends_http_clients_elsewhere() -> None:
+    """Over a connection that is open, each gets an answer that ends it."""
+    group = FakeGroup()
+    group.hold_at = 5
+    async with open_door(group, http=True) as door:
+        url = f"http://127.0.0.1:{door.server.http_port}"
+        async with httpx.AsyncClient(base_url=url) as asking, httpx.AsyncClient(base_url=url) as late:
+            assert (await late.get("/readyz")).status_code == 200
+            body = {"model": "fake", "prompt": "hi", "max_tokens": 20, "seed": 3}
+            slow = asyncio.create_task(asking.post("/v1/completions", json=body))
+            await group.until(lambda it: it.num_running == 1)
+            leaving = asyncio.Event()
+            door.server.desk.on_ready_change(leaving.set)
+            draining = asyncio.create_task(door.server.drain(20))
+            await leaving.wait()
+            ready = await late.get("/readyz")
+            assert (ready.status_code, ready.headers["connection"]) == (503, "close")
+            with pytest.raises(httpx.ConnectError):
+                await late.get("/readyz")
+            group.release()
+            group.go_on()
+            assert (await slow).json()["choices"][0]["text"] == expected_text(HI, 3, 20)
+            await draining
+
+
+async def test_a_drained_front_door_hangs_up_on_idle_http_clients() -> None:
+    async with open_door(FakeGroup(), http=True) as door:
+        reader, writer = await asyncio.open_connection("127.0.0.1", door.server.http_port)
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert await reader.readuntil(b"}") != b""
+        await door.server.drain(5)
+        assert await reader.read() == b""
+        writer.close()
 
 
 async def test_front_doors_on_one_node_share_a_port() -> None:

@@ -263,17 +263,21 @@ async def test_a_bug_in_our_code_is_an_incident_for_one_call_only(
     assert _text(await other) == "b"
 
 
-async def test_drain_lets_open_calls_finish_and_takes_no_new_ones() -> None:
+async def test_drain_lets_open_calls_finish_and_takes_those_that_could_not_know() -> None:
     it = bench(ONE)
     task, (submit,) = await it.begin(_call())
     draining = asyncio.create_task(it.desk.drain(10))
     await turns()
     assert not it.desk.ready()
-    with pytest.raises(Unavailable, match="shutting down"):
-        await anext(it.desk.open(Call(text="x")))
+    late, (late_submit,) = await it.begin(Call(text="x"))
     it.link().answer(submit, "done", finish=pb.FINISH_LENGTH)
     assert _text(await task) == "done"
+    assert not draining.done()
+    it.link().answer(late_submit, "too", finish=pb.FINISH_LENGTH)
+    assert _text(await late) == "too"
     await draining
+    with pytest.raises(Unavailable, match="shutting down"):
+        await anext(it.desk.open(Call(text="x")))
 
 
 async def test_drain_ends_what_takes_too_long() -> None:
