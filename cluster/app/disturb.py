@@ -1,6 +1,6 @@
 """Harms one process of this node on purpose. Run as a script of its own, so that it outlives whoever asked for it:
 
-    python -I -S disturb.py PID START kill|freeze|slow DURATION_S SHARE
+    python -I -S disturb.py kill|freeze|slow DURATION_S SHARE PID START
 
 It goes on as a child of nobody: Ray ends what its workers leave behind. START is when the process was started, as
 `guard` has it: a later one of the same id is left alone. Whatever happens, a process that still lives at the end is
@@ -50,10 +50,13 @@ def disturb(pid: int, started: str, fault: str, duration_s: float, share: float)
 
 
 def main() -> None:
-    pid, started, fault, duration_s, share = sys.argv[1:]
+    fault, duration_s, share, pid, started = sys.argv[1:]
     if os.fork():
         os._exit(0)
     os.setsid()
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):  # which who asked waits for
+        os.dup2(nowhere, stream)
     with contextlib.suppress(ProcessLookupError):  # it ended by itself
         disturb(int(pid), started, fault, float(duration_s), float(share))
 

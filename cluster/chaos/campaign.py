@@ -13,7 +13,7 @@ import grpc
 from cluster.chaos.doors import ChaosError, Doors
 from cluster.chaos.injector import AdminInjector, Harm, Injector, Process, processes_there
 from cluster.chaos.load import Load, Work, reference
-from cluster.chaos.schedule import Fault, Plan, draw
+from cluster.chaos.schedule import HOSTS, Fault, Plan, draw
 from cluster.chaos.verdict import Hit, Verdict, verdict
 from protos.shoal.v1 import admin_pb2
 
@@ -146,8 +146,7 @@ class _Faults:
         self.hits.append(hit)
         task = asyncio.create_task(self._heal(hit, harm, len(self.hits)))
         self._healing[task] = harm.gone
-        # While a host is down, who is left is not known well enough to spare somebody.
-        if fault.role != "host" and self._rng.random() < self._campaign.plan.overlap:
+        if fault.role not in HOSTS and self._rng.random() < self._campaign.plan.overlap:
             await asyncio.sleep(self._rng.uniform(*_OVERLAP_GAP_S))
             await self._raise_failed()
         else:
@@ -203,7 +202,7 @@ def spared(
 ) -> dict[str, Sequence[str]]:
     """Those of the targets that may be hit while others are down: somebody must live to go on."""
     living = {engine.name: sum((rank.node, rank.pid) not in gone for rank in engine.ranks) for engine in status.engines}
-    found = {role: names for role, names in targets.items() if role not in ("host", "engine")}
+    found = {role: names for role, names in targets.items() if role not in (*HOSTS, "engine")}
     ranks = [name for name in found.get("rank", ()) if living[name.partition("/")[0]] > _LEAST_GROUPS]
     doors = found.get("front-door", ()) if len(found.get("front-door", ())) > 1 else ()
     # One at a time: two ranks at once may be all but one.

@@ -73,6 +73,7 @@ class AdminInjector:
             "front-door": [f"front-door/{door.id}" for door in status.front_doors],
             "controller": ["controller"],
             "roster": ["roster"],
+            "node": [f"node/{address}" for address in _spare_nodes(status)],
         }
 
     async def inject(self, fault: Fault, status: admin_pb2.StatusResponse) -> Harm:
@@ -102,8 +103,24 @@ class AdminInjector:
                 trouble = f"{answer.code().name}: {answer.details()}"
             elif isinstance(answer, BaseException):
                 raise answer
-        dead = fault.kind == "kill" and fault.role in ("rank", "leader", "front-door", "engine")
+        dead = fault.kind == "kill" and fault.role in ("rank", "leader", "front-door", "engine", "node")
         return Harm(gone=frozenset(gone) if dead else frozenset(), trouble=trouble)
+
+
+def _spare_nodes(status: admin_pb2.StatusResponse) -> Sequence[str]:
+    """Nodes without which every engine still has its leader and a whole DP group, and clients a front door."""
+    doors = {door.node for door in status.front_doors}
+    leaders = {engine.leader_node for engine in status.engines}
+    groups: dict[tuple[str, int], set[str]] = {}
+    for engine in status.engines:
+        for rank in engine.ranks:
+            groups.setdefault((engine.name, rank.dp_group), set()).add(rank.node)
+    engines = {name for name, _ in groups}
+    return [
+        node
+        for node in sorted(doors.union(*groups.values()) - leaders)
+        if doors - {node} and engines == {name for (name, _), nodes in groups.items() if node not in nodes}
+    ]
 
 
 def processes_there(status: admin_pb2.StatusResponse) -> frozenset[Process]:

@@ -6,12 +6,12 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["FAULTS", "ROLES", "Fault", "Plan", "crossed", "draw", "parse_weights"]
+__all__ = ["FAULTS", "HOSTS", "ROLES", "Fault", "Plan", "crossed", "draw", "parse_weights"]
 
-ROLES = ("rank", "leader", "front-door", "controller", "roster", "engine")
-FAULTS = ("kill", "freeze", "slow")
-
-_ALONE = "host"  # two at once would be most of a small cluster
+ROLES = ("rank", "leader", "front-door", "controller", "roster", "engine", "node")
+FAULTS = ("kill", "freeze", "slow", "partition")
+HOSTS = ("host", "node")
+"""Roles of which two at once would be most of a small cluster; while one is down, who is left is not known well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Fault:
 
 
 def _lasting() -> Mapping[str, float]:
-    return {"freeze": 6.0, "slow": 5.0}
+    return {"freeze": 6.0, "slow": 5.0, "partition": 6.0}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +60,7 @@ def draw(plan: Plan, rng: random.Random, targets: Mapping[str, Sequence[str]]) -
     if not possible:
         raise ValueError(f"none of {', '.join(sorted({role for _, role in plan.weights}))} is there to be hit")
     kind, role = rng.choices(list(possible), list(possible.values()))[0]
-    two = rng.random() < plan.double and len(targets[role]) > 2 and role != _ALONE
+    two = rng.random() < plan.double and len(targets[role]) > 2 and role not in HOSTS
     chosen = tuple(rng.sample(sorted(targets[role]), 2 if two else 1))
     lasts_s = plan.lasting_s.get(f"{kind} {role}", plan.lasting_s.get(kind, 0.0))
     return Fault(kind, role, chosen, lasts_s, plan.slow_share if kind == "slow" else 0.0)

@@ -23,9 +23,9 @@ def chaos(
     faults: Annotated[int, typer.Option(min=1, help="How many.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the faults and of the load.")] = 0,
     roles: Annotated[
-        str, typer.Option(help="Whom to hit: rank, leader, front-door, controller, roster, engine; rank=3 is a weight.")
+        str, typer.Option(help="Whom: rank, leader, front-door, controller, roster, engine, node; rank=3 is a weight.")
     ] = "rank=3,leader,front-door,controller,roster",
-    kinds: Annotated[str, typer.Option(help="What to do: kill, freeze, slow, with weights likewise.")] = "kill",
+    kinds: Annotated[str, typer.Option(help="What: kill, freeze, slow, partition, with weights likewise.")] = "kill",
     double: Annotated[float, typer.Option(min=0, max=1, help="The share of faults that hit two at once.")] = 0.0,
     overlap: Annotated[
         float, typer.Option(min=0, max=1, help="The share of faults after which the next comes before all is whole.")
@@ -36,13 +36,14 @@ def chaos(
     verify: Annotated[
         bool, typer.Option(help="Compare every answer with the undisturbed one; needs inference.deterministic.")
     ] = False,
-    freeze_s: Annotated[float, typer.Option(min=0.1, help="How long a process is frozen or slow.")] = 6.0,
+    freeze_s: Annotated[float, typer.Option(min=0.1, help="How long one is frozen, slow or cut off.")] = 6.0,
     gap_s: Annotated[float, typer.Option(min=0, help="The longest wait between two faults.")] = 3.0,
     out: Annotated[Path | None, typer.Option(help="Write OUT.html and OUT.json.", show_default=False)] = None,
 ) -> None:
-    """Kill, freeze or slow down parts of a running cluster under load, and report what clients saw.
+    """Kill, freeze, slow down or cut off parts of a running cluster under load, and report what clients saw.
 
-    Only with `chaos.enabled: true` in the configuration and an administrator's key.
+    Only with `chaos.enabled: true` in the configuration and an administrator's key. Of a node, Shoal's processes are
+    hit, or its network to the other nodes. A partition takes nftables and CAP_NET_ADMIN where the target runs.
     """
     from cluster.chaos.campaign import Campaign, works
     from cluster.chaos.schedule import FAULTS, ROLES, Plan, crossed, parse_weights
@@ -52,7 +53,7 @@ def chaos(
     try:
         plan = Plan(
             weights=crossed(parse_weights(roles, ROLES, "--roles"), parse_weights(kinds, FAULTS, "--kinds")),
-            lasting_s={"freeze": freeze_s, "slow": freeze_s},
+            lasting_s=dict.fromkeys(("freeze", "slow", "partition"), freeze_s),
             double=double,
             overlap=overlap,
         )

@@ -60,6 +60,7 @@ def engine_status(
 def _add_rank(status: admin_pb2.EngineStatus, report: RankStatus, expert_tokens: float) -> None:
     status.ranks.add(
         rank=report.rank,
+        dp_group=report.dp_group,
         node=report.host,
         pid=report.pid,
         device=report.device,

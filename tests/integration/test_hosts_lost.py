@@ -7,6 +7,7 @@ One served cluster for all: the head on a host without ranks, a rank on each of 
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -20,7 +21,7 @@ import pytest
 from cluster.chaos.campaign import works
 from cluster.chaos.doors import Doors
 from cluster.chaos.load import Load, Work, reference
-from protos.shoal.v1 import admin_pb2
+from protos.shoal.v1 import admin_pb2, admin_pb2_grpc
 from tests.checkpoints import tiny_deepseek
 from tests.hosts import Host, Hosts, make_hosts, needs_hosts
 from tests.hosts.ray_cluster import keep_gcs, kill_ray, ray_cluster, rejoin, serving_on, start_head
@@ -36,7 +37,8 @@ CONFIG = f"""
 parallel: {{data: 2, redundant_experts: 4}}
 inference: {{deterministic: true, dtype: float32, max_model_len: 512}}
 resources: {{cache_size: 16MiB, cpu_threads: 1}}
-security: {{api_key: {KEY}}}
+security: {{api_key: {{ops: {KEY}}}, administrators: [ops]}}
+chaos: {{enabled: true}}
 cluster: {{front_doors: 3, host: 0.0.0.0, port: {PORT}, http_port: 18000, network: {{interface: eth0}}}}
 """
 WORKS = works(5, 120, 3)
@@ -77,6 +79,14 @@ class Case:
 
     def whole(self, behind: int = 0) -> admin_pb2.EngineStatus:
         return self.until(lambda engine: len(engine.ranks) == 2 and engine.generation > behind, "the engine is whole")
+
+    def inject(self, fault: str, target: str, duration_s: float) -> None:
+        async def order() -> None:
+            request = admin_pb2.InjectRequest(fault=fault, target=target, duration_s=duration_s)
+            async with self._doors.connect() as channel:
+                await admin_pb2_grpc.AdminStub(channel).Inject(request, metadata=self._doors.metadata, timeout=20)
+
+        self._begin(order()).result(60)
 
     @contextmanager
     def streams(self) -> Iterator[Callable[[], None]]:
@@ -203,3 +213,18 @@ def test_the_network_between_two_hosts_is_cut(case: Case) -> None:
         go_on()
     after = {host.address: ranks(host) for host in (first, second)}
     assert [after[old[n]] == processes[old[n]] for n in (0, 1)] == [True, False], "of equals the higher number leaves"
+
+
+@pytest.mark.skipif(shutil.which("nft", path="/usr/sbin:/usr/bin") is None, reason="nftables is not installed")
+def test_a_node_is_cut_off_by_order(case: Case) -> None:
+    """As `shoal chaos` does it, and it comes back by itself."""
+    before, (first, second) = case.whole(), case.others
+    processes = ranks(first)
+    with case.streams() as go_on:
+        case.inject("partition", f"node/{second.address}", 6.0)
+        closed = case.until(lambda e: len(e.ranks) == 1 and e.generation > before.generation, "closed up")
+        assert closed.ranks[0].node == first.address
+        go_on()
+        case.whole(closed.generation)
+        go_on()
+    assert ranks(first) == processes, "and that one went on"

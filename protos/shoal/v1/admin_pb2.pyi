@@ -181,11 +181,11 @@ class InjectRequest(_message.Message):
     DURATION_S_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
     fault: _builtins.str
-    """"kill", "freeze" or "slow" """
+    """"kill", "freeze", "slow" or "partition": packets are dropped, and nobody is told"""
     target: _builtins.str
-    """"engine-0/rank-2", "engine-0/leader", "engine-0", "front-door/ID", "controller", "roster" """
+    """"engine-0/rank-2", "engine-0/leader", "engine-0", "front-door/ID", "controller", "roster", "node/ADDRESS" """
     duration_s: _builtins.float
-    """of a freeze or a slowdown"""
+    """of all but a kill"""
     share: _builtins.float
     """slow: how much of the time the process stands still, 0 to 1"""
     def __init__(
@@ -498,6 +498,7 @@ class RankStatus(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     CACHE_BYTES_FIELD_NUMBER: _builtins.int
     EXPERT_TOKENS_FIELD_NUMBER: _builtins.int
+    DP_GROUP_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     node: _builtins.str
     pid: _builtins.int
@@ -507,6 +508,7 @@ class RankStatus(_message.Message):
     cache_bytes: _builtins.int
     expert_tokens: _builtins.float
     """recent expert choices that this rank serves, over all layers; older ones fade"""
+    dp_group: _builtins.int
     def __init__(
         self,
         *,
@@ -518,10 +520,11 @@ class RankStatus(_message.Message):
         weight_bytes: _builtins.int = ...,
         cache_bytes: _builtins.int = ...,
         expert_tokens: _builtins.float = ...,
+        dp_group: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "device", b"device", "expert_tokens", b"expert_tokens", "node", b"node", "pid", b"pid", "rank", b"rank", "threads", b"threads", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_bytes", b"cache_bytes", "device", b"device", "dp_group", b"dp_group", "expert_tokens", b"expert_tokens", "node", b"node", "pid", b"pid", "rank", b"rank", "threads", b"threads", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,7 +12,9 @@ from cluster.chaos.injector import AdminInjector, Harm, Injectors
 from cluster.chaos.load import StreamRecord, Wait, Work
 from cluster.chaos.report import as_html, as_json, as_lines
 from cluster.chaos.schedule import Fault, Plan, crossed, draw, parse_weights
+from cluster.chaos.targets import processes_of
 from cluster.chaos.verdict import Hit, percentile, verdict
+from cluster.roster import EngineReport, FrontDoorReport
 from protos.shoal.v1 import admin_pb2
 from protos.shoal.v1.admin_pb2 import StatusResponse as Status
 
@@ -168,6 +170,36 @@ def test_what_is_hit_while_others_are_down_leaves_somebody() -> None:
     assert (found.get("host"), found.get("engine"), found["front-door"]) == (None, None, ())
     assert found["leader"] == ["e/leader"]
     assert spared(targets, _status(num_ranks=4), frozenset({("a", 7), ("a", 8)}))["rank"] == []
+
+
+def test_nodes_are_hit_that_leave_somebody_of_everything() -> None:
+    """Here the leader and group 0 are on `a`, groups 1 and 2 on `b` and `c`, and front doors on `b` and `d`."""
+    engine = admin_pb2.EngineStatus(name="e", state="ready", leader_pid=5, leader_node="a")
+    for group, node in enumerate("abc"):
+        engine.ranks.add(rank=2 * group, dp_group=group, node=node, pid=7)
+        engine.ranks.add(rank=2 * group + 1, dp_group=group, node="c" if group == 1 else node, pid=8)
+    status = Status(engines=[engine])
+    injector = AdminInjector(Doors(["a:1"], ""))
+    for node in "bd":
+        status.front_doors.add(id=node, node=node, pid=6)
+    assert injector.targets(status)["node"] == ["node/b", "node/c", "node/d"]
+    del status.front_doors[0]
+    assert injector.targets(status)["node"] == ["node/b", "node/c"], "there is one front door"
+    del engine.ranks[:2]
+    status.engines[0].CopyFrom(engine)
+    assert injector.targets(status)["node"] == ["node/b"], "group 1 is on both, group 2 on `c` alone"
+    fault = draw(Plan(weights={("partition", "node"): 1.0}, double=1.0), random.Random(0), {"node": list("abcd")})
+    assert (len(fault.targets), fault.duration_s) == (1, 6.0), "one at a time"
+
+
+def test_a_node_stands_for_what_shoal_has_there() -> None:
+    engine = EngineReport(engine="e", leader="l", status=admin_pb2.EngineStatus(name="e"), node="a", pid=5)
+    engine.status.ranks.add(rank=0, node="a", pid=7)
+    engine.status.ranks.add(rank=1, node="b", pid=8)
+    door = FrontDoorReport(id="d", node="b", pid=6)
+    assert processes_of("node/a", [engine], [door]) == [("a", 7), ("a", 5)]
+    assert processes_of("node/b", [engine], [door]) == [("b", 8), ("b", 6)]
+    assert not processes_of("node/c", [engine], [door])
 
 
 async def test_every_role_has_its_injector() -> None:
