@@ -31,13 +31,16 @@ _EXPECTED_TOKENS = 128
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.keepalive_time_ms", 3_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
+    # What a connection may take. The kernel itself asks again after 1, 3 and 7 s, so that a host which is back would
+    # be found seconds later.
+    ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),
 )
@@ -52,7 +55,7 @@ class LinkOptions:
     front_door_id: str
     secret: str
     first_backoff_s: float = 0.05
-    most_backoff_s: float = 2.0
+    most_backoff_s: float = 0.5
     hello_timeout_s: float = 5.0
 
 
