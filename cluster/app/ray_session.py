@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from cluster.app.gcs_keeper import GcsKeeper, find_head
 from cluster.app.names import NAMESPACE
 from cluster.config.environment import has_ray_token, ray_auth_mode, set_variables
 
-__all__ = ["RaySession", "join_ray", "start_ray"]
+__all__ = ["RaySession", "join_ray", "start_ray", "visiting_ray"]
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +168,21 @@ def join_ray(address: str) -> RaySession:
         reason = str(error).splitlines()[0]
         raise ConnectionError(f"no Ray cluster that knows our token answers at {address}: {reason}") from None
     return RaySession(None)
+
+
+@contextmanager
+def visiting_ray(address: str) -> Iterator[None]:
+    """Joined for a look. Raises ConnectionError in one line, before anything else.
+
+    Ray tells its drivers of nodes that come and go on standard output: here that is standard error, since what a command
+    prints is for scripts, too.
+    """
+    with redirect_stdout(sys.stderr):
+        session = join_ray(address)
+        try:
+            yield
+        finally:
+            session.end()
 
 
 def _knock(address: str) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
 
 from cluster import logs
-from cluster.app.ray_session import join_ray
+from cluster.app.ray_session import visiting_ray
 from cluster.cli.failure import USAGE, fail
 from cluster.config import Config, ConfigError, load
 from cluster.config.environment import cache_folder
@@ -61,17 +60,14 @@ def _examine(config: Config, wanted: Wanted, *, with_links: bool, timeout_s: flo
         from cluster.doctor.gather import gather
 
         return examine([gather(wanted, address=_LOOPBACK)], wanted)
-    with redirect_stdout(sys.stderr):  # where Ray tells of nodes that come and go: what we print is for scripts, too
+    with ExitStack() as visit:
         try:
-            session = join_ray(address)
+            visit.enter_context(visiting_ray(address))
         except ConnectionError as error:
             fail(error, USAGE)
         from cluster.doctor.nodes import examine_cluster
 
-        try:
-            return examine_cluster(wanted, with_links=with_links, timeout_s=timeout_s)
-        finally:
-            session.end()
+        return examine_cluster(wanted, with_links=with_links, timeout_s=timeout_s)
 
 
 def _wanted(config: Config, model_path: str) -> Wanted:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.app.ray_session import join_ray
+from cluster.app.ray_session import visiting_ray
 from cluster.cli.failure import FAILURE, USAGE, fail
 from cluster.config import Config, ConfigError, load
 from cluster.config.environment import cache_folder
@@ -80,12 +78,8 @@ def _found(config: Config) -> Machine:
         return this_machine()
     from cluster.app.nodes import cluster_machine  # brings Ray
 
-    with redirect_stdout(sys.stderr):  # where Ray tells of nodes that come and go: what we print is for scripts, too
-        session = join_ray(config.cluster.address)
-        try:
-            return cluster_machine()
-        finally:
-            session.end()
+    with visiting_ray(config.cluster.address):
+        return cluster_machine()
 
 
 def _document(config: Config, resolved: Resolved) -> dict[str, object]:

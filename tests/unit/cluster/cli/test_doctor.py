@@ -8,6 +8,7 @@ import pytest
 
 import cluster.cli.doctor as command
 import cluster.doctor.nodes
+from cluster.app import ray_session
 from cluster.doctor.finding import Finding
 
 
@@ -26,7 +27,7 @@ def test_ray_does_not_speak_between(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     def examine(*wanted: object, **options: object) -> tuple[Finding, ...]:
         return ()
 
-    monkeypatch.setattr(command, "join_ray", join)
+    monkeypatch.setattr(ray_session, "join_ray", join)
     monkeypatch.setattr(cluster.doctor.nodes, "examine_cluster", examine)
     with pytest.raises(SystemExit, match="0"):
         command.doctor(None, {("cluster", "address"): "auto"}, as_script=True, with_links=False, timeout_s=1.0)
