@@ -174,8 +174,8 @@ def join_ray(address: str) -> RaySession:
 def visiting_ray(address: str) -> Iterator[None]:
     """Joined for a look. Raises ConnectionError in one line, before anything else.
 
-    Ray tells its drivers of nodes that come and go on standard output: here that is standard error, since what a command
-    prints is for scripts, too.
+    Ray tells its drivers of nodes that come and go on standard output: here that is standard error, since what a
+    command prints is for scripts, too.
     """
     with redirect_stdout(sys.stderr):
         session = join_ray(address)
