@@ -138,13 +138,16 @@ def _cut_short(folder: Path, model: Path) -> Path:
 
 
 async def _crash(served: Served) -> None:
-    """Kills a rank of the canary each time there is one that answers."""
+    """Kills the canary's ranks whenever they answer somebody."""
+    killed: set[int] = set()
     while True:
         status = await asyncio.to_thread(served.status)
         for engine in status.engines:
-            if engine.version == "crash" and any(group.num_running for group in engine.dp_groups):
-                os.kill(engine.ranks[0].pid, signal.SIGKILL)
-                return
+            busy = {group.index for group in engine.dp_groups if group.num_running}
+            for rank in engine.ranks:
+                if engine.version == "crash" and rank.dp_group in busy and rank.pid not in killed:
+                    os.kill(rank.pid, signal.SIGKILL)
+                    killed.add(rank.pid)
         await asyncio.sleep(0.1)
 
 
