@@ -9,6 +9,7 @@ from pathlib import Path
 __all__ = [
     "cache_folder",
     "has_ray_token",
+    "hurry_name_lookups",
     "otlp_endpoint",
     "ray_auth_mode",
     "ray_token",
@@ -63,6 +64,12 @@ def ray_uses_token() -> bool:
     """Whether the Ray that this process would speak to demands a token; Ray asks for one as soon as it finds one."""
     mode = ray_auth_mode()
     return mode == "token" if mode else has_ray_token()
+
+
+def hurry_name_lookups() -> None:
+    """Before torch is used: it asks for the name of every host that it connects to, twice 5 s each where no name server
+    answers. Whoever has set the resolver's options keeps them."""
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 
 def set_variables(values: Mapping[str, str]) -> None:
