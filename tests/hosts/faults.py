@@ -13,6 +13,7 @@ from protos.shoal.v1 import admin_pb2
 from tests.hosts.harness import Hosts
 from tests.hosts.host import Host
 from tests.hosts.ray_cluster import rejoin
+from tests.priority import as_others
 
 __all__ = ["HOST_FAULTS", "HostFaults"]
 
@@ -37,7 +38,7 @@ class HostFaults:
         self._down = ""
         self._watching: asyncio.Task[None] | None = None
         # Hosts end with the thread that boots them, and what they are told takes seconds.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hosts")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hosts", initializer=as_others)
 
     def targets(self, status: admin_pb2.StatusResponse) -> Mapping[str, Sequence[str]]:
         """Nobody while one is down."""

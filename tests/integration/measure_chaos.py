@@ -31,6 +31,7 @@ from tests.checkpoints import tiny_deepseek
 from tests.hosts import Hosts, make_hosts, obstacle
 from tests.hosts.faults import HostFaults
 from tests.hosts.ray_cluster import ray_cluster, serving_on
+from tests.priority import as_others, go_first
 
 _KEY = "key-of-the-campaign"
 _PORT, _HTTP_PORT = 19000, 18000
@@ -101,8 +102,8 @@ def _keep_logs(hosts: Hosts, output: str, folder: Path) -> None:
                 (folder / f"{host.name}-{path.name}").write_bytes(path.read_bytes())
 
 
-def measure(options: argparse.Namespace) -> Verdict:
-    """Prints as it goes."""
+def measure(options: argparse.Namespace) -> tuple[Verdict, str]:
+    """And how the client stood beside the rest of the machine. Prints as it goes."""
     with _serving(options) as hosts:
         faults = HostFaults(hosts, list(hosts)[1:], hosts[0], num_cpus=_RANKS_PER_HOST)
         campaign = Campaign(
@@ -116,9 +117,14 @@ def measure(options: argparse.Namespace) -> Verdict:
             gap_s=(0.5, 2.0),
             limits_s=_LIMITS_S,
         )
+        priority = go_first()
         try:
-            return asyncio.run(run(campaign, progress, injector=lambda doors: Injectors(AdminInjector(doors), faults)))
+            verdict = asyncio.run(
+                run(campaign, progress, injector=lambda doors: Injectors(AdminInjector(doors), faults))
+            )
+            return verdict, priority
         finally:
+            as_others()
             faults.close()
 
 
@@ -130,7 +136,7 @@ def _weights(options: argparse.Namespace) -> dict[tuple[str, str], float]:
     return {(kind, role): _WEIGHTS[kind, role] for kind, role in asked}
 
 
-def findings(verdict: Verdict, options: argparse.Namespace, took_s: float) -> Findings:
+def findings(verdict: Verdict, options: argparse.Namespace, took_s: float, priority: str) -> Findings:
     counts = {
         "requests lost": verdict.num_lost,
         "streams with a repeated token": verdict.num_repeated,
@@ -149,6 +155,7 @@ def findings(verdict: Verdict, options: argparse.Namespace, took_s: float) -> Fi
         "model": f"tiny, in DeepSeek-V3's form, four DP groups that share experts, on {options.hosts} hosts",
         "campaign": f"{len(verdict.hits)} faults of seed {options.seed} in {took_s:.0f} s, "
         f"{options.streams} streams; load of the machine {os.getloadavg()[0]:.0f}",
+        "the client": priority,
         **{line.partition(": ")[0]: line.partition(": ")[2] for line in as_lines(verdict)},
     }
     return Findings(title="Faults at random under load: what clients saw", peer="", figures=tuple(figures), facts=facts)
@@ -169,10 +176,10 @@ def main() -> int:
     if why := obstacle():
         parser.error(why)
     began_s = time.monotonic()
-    verdict = measure(options)
+    verdict, priority = measure(options)
     options.out.with_suffix(".json").write_text(as_json(verdict))
     options.out.with_suffix(".html").write_text(as_html(verdict))
-    deliver(findings(verdict, options, time.monotonic() - began_s), options)
+    deliver(findings(verdict, options, time.monotonic() - began_s, priority), options)
     return 0 if verdict.clean else 1
 
 

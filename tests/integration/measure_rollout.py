@@ -30,11 +30,11 @@ from cluster.client.held import CHANNEL_OPTIONS
 from loadtest.peers.comparison import Figure, Findings, begin, deliver, progress
 from tests.checkpoints import tiny_deepseek
 from tests.integration.served import SHOAL, Served, serving
+from tests.priority import AS_OTHERS, go_first
 
 _LONGEST_PAUSE_S = 1.0
 _SETTLE_S = 3.0
 _LAG_EVERY_S = 0.02
-_NICENESS = -15
 _CONFIG = """
 parallel: {data: 2}
 inference: {deterministic: true, max_model_len: 1024}
@@ -160,7 +160,7 @@ async def _give(order: Order, served: Served) -> Done:
         address = ("--address", f"127.0.0.1:{served.port}")
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
-            "nice", "-n", "34", *SHOAL, *order.arguments, *address, stdout=pipe, stderr=pipe
+            *AS_OTHERS, "nice", "-n", "19", *SHOAL, *order.arguments, *address, stdout=pipe, stderr=pipe
         )
         beside = asyncio.create_task(order.beside(served)) if order.beside is not None else None
         out, errors = (each.decode() for each in await process.communicate())
@@ -274,15 +274,6 @@ def _rows(done: Done, records: Sequence[StreamRecord]) -> list[Figure]:
     return [pause, took]
 
 
-def _go_first() -> str:
-    """Behind the server's start, which inherits nothing of it."""
-    try:
-        os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
-    except PermissionError:
-        return "may not go before the commands: its own lateness is in the pauses"
-    return f"at niceness {_NICENESS} in its session, the commands at 19"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--streams", type=int, default=4)
@@ -293,7 +284,7 @@ def main() -> int:
         model = tiny_deepseek(folder / "tiny", max_position_embeddings=1024)
         asked = [order for order in orders(folder, model) if options.only is None or options.only in order.what]
         with serving(model, config=_CONFIG) as served:
-            priority = _go_first()
+            priority = go_first()
             found = findings(*asyncio.run(run(served, asked, options.streams)), priority)
     deliver(found, options)
     return 0
