@@ -145,7 +145,7 @@ def test_alone(served: Served, expected: list[list[int]]) -> None:
 
 
 def test_in_a_crowd_with_random_arrivals(served: Served, expected: list[list[int]]) -> None:
-    """Thirty-two at once, every prompt among them; each begins when a random number of tokens of the others have come."""
+    """Thirty-two at once, with every prompt; each begins when a random number of tokens of the others have come."""
     draw = random.Random(3)
     order = [*range(len(PROMPTS)), *(draw.randrange(len(PROMPTS)) for _ in range(32 - len(PROMPTS)))]
     draw.shuffle(order)
