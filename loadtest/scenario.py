@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import Progress, TaskID
 
 from loadtest.arrivals import Arrivals, parse_arrivals, take
 from loadtest.client import Door, DoorError, ModelFacts, open_loop
@@ -30,6 +33,8 @@ from loadtest.stats import Summary, summarize
 from loadtest.workload import LengthModel, TextPrompts, TokenPrompts, Workload, parse_lengths
 
 __all__ = ["Scenario", "ScenarioResult", "main", "run_scenario"]
+
+Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +75,9 @@ class ScenarioResult:
         return sum(summary.num_errors for summary in self.summaries.values())
 
 
-async def run_scenario(scenario: Scenario) -> ScenarioResult:
-    """Raises DoorError where a door does not answer, ValueError where the work cannot be made."""
+async def run_scenario(scenario: Scenario, tell: Tell = lambda door, done, num: None) -> ScenarioResult:
+    """`tell` hears of each door's requests: how many have ended, of how many. Raises DoorError where a door does not
+    answer, ValueError where the work cannot be made."""
     async with AsyncExitStack() as stack:
         doors = [await stack.enter_async_context(aclosing(door)) for door in _doors(scenario)]
         facts = [await door.model() for door in doors]
@@ -79,8 +85,14 @@ async def run_scenario(scenario: Scenario) -> ScenarioResult:
         offsets_s = take(scenario.arrivals, count=scenario.num_requests, duration_s=scenario.duration_s)
         records = {}
         for door in doors:
+            tell(door.name, 0, len(offsets_s))
             await _warm_up(door, workload, scenario.num_warmup)
-            records[door.name] = await open_loop(door.generate, workload.requests(), offsets_s)
+            records[door.name] = await open_loop(
+                door.generate,
+                workload.requests(),
+                offsets_s,
+                on_record=_counted(partial(tell, door.name), len(offsets_s)),
+            )
     return ScenarioResult(
         model=facts[0], records=records, summaries={door: summarize(run) for door, run in records.items()}
     )
@@ -109,6 +121,11 @@ def _workload(scenario: Scenario, facts: ModelFacts) -> Workload:
         seed=scenario.seed,
         max_model_len=facts.max_model_len or None,
     )
+
+
+def _counted(tell: Callable[[int, int], None], num: int) -> Callable[[RequestRecord], None]:
+    ended = itertools.count(1)
+    return lambda record: tell(next(ended), num)
 
 
 async def _warm_up(door: Door, workload: Workload, count: int) -> None:
@@ -160,11 +177,29 @@ def _scenario(options: argparse.Namespace) -> Scenario:
     )
 
 
+@contextmanager
+def _progress() -> Iterator[Tell]:
+    """A bar for each door on a terminal; elsewhere a line at the beginning and for each quarter of its requests."""
+    console = Console(stderr=True, highlight=False)
+    with Progress(console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(door: str, done: int, num: int) -> None:
+            if door not in tasks:
+                tasks[door] = bars.add_task(f"{door} requests", total=num)
+            bars.update(tasks[door], completed=done)
+            if bars.disable and 4 * done // num != 4 * (done - 1) // num:
+                console.print(f"{door}: {done} of {num} requests")
+
+        yield tell
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        result = asyncio.run(run_scenario(_scenario(options)))
+        with _progress() as tell:
+            result = asyncio.run(run_scenario(_scenario(options), tell))
     except (DoorError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

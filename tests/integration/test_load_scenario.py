@@ -41,7 +41,9 @@ def _arguments(server: FakeServer, *more: str) -> list[str]:
 
 def test_both_doors_are_measured(server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = main(_arguments(server, "--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")))
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert "grpc: 0 of" in told
+    assert "http: " in told
     assert status == 0, printed
     for words in ("time to first token", "time per output token", "inter-token latency", "end to end"):
         assert printed.count(words) == 2
