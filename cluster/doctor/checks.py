@@ -20,6 +20,7 @@ _MIN_SHARED_MEMORY_BYTES = 256 << 20
 _MIN_FREE_BYTES = 1 * _GIB
 _MIN_DISK_BYTES = 2 * _GIB
 _SLOW_S = 0.002
+_MAX_LOOKUP_S = 0.5
 _SLOW_BYTES_PER_S = 100e6  # a gigabit Ethernet carries a little more
 
 
@@ -99,6 +100,19 @@ def certificate(nodes: Sequence[NodeFacts], wanted: Wanted) -> Iterator[Finding]
             yield failure("certificate", node.name, node.tls_problem, fix)
         else:
             yield passed("certificate", node.name, "there, and its key fits")
+
+
+def names(nodes: Sequence[NodeFacts], wanted: Wanted) -> Iterator[Finding]:
+    """A name server that does not answer holds up whoever connects."""
+    del wanted
+    for node in nodes:
+        text = f"looked up in {node.lookup_s:.1f} s"
+        if node.lookup_s > _MAX_LOOKUP_S:
+            line = f"::ffff:{node.address} {node.name}"
+            fix = f"name a server that answers in /etc/resolv.conf, or all nodes in /etc/hosts, such as `{line}`"
+            yield warning("names", node.name, f"{text}: every start and every regroup waits as long", fix)
+        else:
+            yield passed("names", node.name, text)
 
 
 def clocks(nodes: Sequence[NodeFacts], wanted: Wanted) -> Iterator[Finding]:
@@ -233,6 +247,7 @@ CHECKS: tuple[Check, ...] = (
     addresses,
     ports,
     certificate,
+    names,
     clocks,
     shared_memory,
     memory,

@@ -54,6 +54,7 @@ class NodeFacts:
     interfaces: tuple[Interface, ...] = ()
     clock_ahead_s: float = 0.0
     clock_error_s: float = 0.0
+    lookup_s: float = 0.0  # until its own address had a name, or was known to have none
     shared_memory_bytes: int = 0
     shared_memory_free_bytes: int = 0
     memory_bytes: int = 0

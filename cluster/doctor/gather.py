@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import socket
 import ssl
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -39,6 +41,7 @@ def gather(wanted: Wanted, *, address: str) -> NodeFacts:
         address=address,
         versions=_versions(),
         interfaces=_interfaces(),
+        lookup_s=_lookup_s(address),
         shared_memory_bytes=shared.total,
         shared_memory_free_bytes=shared.free,
         memory_bytes=machine.memory_bytes,
@@ -69,6 +72,14 @@ def model_there(path: str) -> ModelThere:
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
     return ModelThere(digest=digest.hexdigest()[:12], weight_bytes=facts.weight_bytes)
+
+
+def _lookup_s(address: str) -> float:
+    """As torch looks up the names of hosts that it connects to: as IPv6 addresses."""
+    began_s = time.monotonic()
+    with contextlib.suppress(OSError):  # it has none
+        socket.getnameinfo((address if ":" in address else f"::ffff:{address}", 0, 0, 0), 0)
+    return time.monotonic() - began_s
 
 
 def _sums_compiled() -> bool:

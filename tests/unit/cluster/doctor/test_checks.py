@@ -93,6 +93,13 @@ def test_one_sick_machine_is_found_and_named(changes: dict[str, object], check: 
     assert fix in found.fix
 
 
+def test_a_name_server_that_does_not_answer_is_worth_a_warning() -> None:
+    (found,) = sick([node(1), node(2, lookup_s=2.0)])
+    assert (found.check, found.node, found.level) == ("names", "host-2", Level.WARNING)
+    assert "2.0 s" in found.text
+    assert "::ffff:10.0.0.2 host-2" in found.fix
+
+
 def test_a_named_interface_must_be_everywhere() -> None:
     wanted = replace(WANTED, interface="ib0")
     both = (Interface(name="ib0", addresses=("10.1.0.1",), up=True, mbits_per_s=0), *node(1).interfaces)
