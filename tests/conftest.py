@@ -16,6 +16,7 @@ _BESIDE_OTHERS = frozenset(
     for name in (
         "test_admin_door",
         "test_chat_command",
+        "test_cut_off",
         "test_default_model",
         "test_door_scheduling",
         "test_grpc_door",

@@ -51,13 +51,13 @@ server.stdout.readline()
 open_ones = {address: socket.create_connection((address, 7000)) for address in addresses}
 before = {address: ask(one) for address, one in open_ones.items()}
 what = ["node", addresses[0]] if mode == "node" else ["process", str(server.pid), started(server.pid)]
-subprocess.run([*script, "2.0", *what], check=True)
+subprocess.run([*script, "4.0", *what], check=True)
 while "expires" not in subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True).stdout:
     time.sleep(0.02)
 spared = {address: ask(open_ones[address]) for address in addresses[1:]} if mode == "node" else {}
 within = ask(open_ones[addresses[0]])
 behind = connect(addresses[0])
-end = time.monotonic() + 5
+end = time.monotonic() + 20
 while subprocess.run(["nft", "list", "tables"], capture_output=True).stdout and time.monotonic() < end:
     time.sleep(0.05)
 left = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True).stdout
@@ -81,12 +81,12 @@ def test_what_is_cut_off_waits_and_goes_on(mode: str, addresses: list[str]) -> N
     within, behind = told["within"], told["behind"]
     assert isinstance(within, float)
     assert isinstance(behind, float)
-    assert within > 0.8, "dropped, and sent again until it came through"
-    assert behind < 0.8, "a new connection, once it is over"
+    assert within > 1.0, "dropped, and sent again until it came through"
+    assert behind < 1.0, "a new connection, once it is over"
     assert told["left"] == "", "nothing stays in the packet filter"
     spared = told["spared"]
     assert isinstance(spared, dict)
-    assert all(seconds < 0.3 for seconds in spared.values()), "the others are reached"
+    assert all(seconds < 1.0 for seconds in spared.values()), "the others are reached"
 
 
 def test_without_the_privilege_it_says_so() -> None:

@@ -16,7 +16,7 @@ import pytest
 from cluster.engine.leader import Leader, Pace
 from cluster.engine.states import EngineState
 from protos.shoal.v1 import session_pb2
-from tests.checkpoints import tiny_deepseek
+from tests.checkpoints import tiny_deepseek, tiny_llama
 from tests.integration.front_door_stream import FrontDoorStream, sampling
 from tests.integration.led_ranks import ProcessRank, ProcessRanks
 from tests.integration.rank_process import small_settings
@@ -178,6 +178,21 @@ async def test_faults_of_a_pipeline_whose_experts_move(model: Path, tmp_path: Pa
         assert all(one == answers[-1] for one in answers), "disturbed or not"
         assert [ranks.living[number] for number in (0, 1)] == survivors
         assert ranks.num_sets == 1, "nobody started all ranks again"
+
+
+async def test_a_rank_of_a_dense_pipeline_dies(tmp_path: Path) -> None:
+    """Without experts the groups share nothing; the other one goes on, and its ranks are the same in the end."""
+    async with leading(tmp_path, tiny_llama(tmp_path / "dense"), ParallelPlan(data=2, pipeline=2)) as case:
+        leader, ranks = case.leader, case.ranks
+        await case.until_whole()
+        survivors = [ranks.living[number] for number in (0, 1)]
+        expected, generation = await case.answers(), leader.generation
+        running = asyncio.create_task(case.answers())
+        ranks.kill(3)
+        assert await running == expected
+        await case.until_whole(generation + 1)
+        assert await case.answers() == expected
+        assert [ranks.living[number] for number in (0, 1)] == survivors
 
 
 async def test_faults_while_experts_move(model: Path, tmp_path: Path) -> None:
