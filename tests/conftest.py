@@ -19,6 +19,7 @@ _BESIDE_OTHERS = frozenset(
         "test_cut_off",
         "test_default_model",
         "test_door_scheduling",
+        "test_frozen_peers",
         "test_grpc_door",
         "test_grpc_door_failures",
         "test_grpc_session",

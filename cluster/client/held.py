@@ -15,12 +15,14 @@ __all__ = ["CHANNEL_OPTIONS", "BrokenStream", "Held", "worth_resuming"]
 Request = TypeVar("Request", pb.GenerateRequest, pb.ChatRequest)
 
 # A connection of its own, so that the next one may reach another front door; one that is frozen, and a host that is
-# not there, show in seconds.
+# not there, show in seconds. gRPC's keepalive timeout alone ends a connection only where the other kernel is silent,
+# too; where it answers for a frozen process, the time limit of pings does, a minute unless set.
 CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", -1),
     ("grpc.keepalive_time_ms", 1_000),
     ("grpc.keepalive_timeout_ms", 1_000),
+    ("grpc.http2.ping_timeout_ms", 2_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.min_reconnect_backoff_ms", 2_000),  # what a connection may take
     ("grpc.enable_retries", 0),

@@ -124,6 +124,7 @@ def _options(max_message_bytes: int) -> tuple[tuple[str, int], ...]:
         # Long answers outlive the pings that clients and balancers send; without these they earn `too_many_pings`.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.max_pings_without_data", 0),
