@@ -20,7 +20,7 @@ import psutil
 from cluster.app import guard
 from cluster.app.gcs_keeper import GcsKeeper, find_head
 from cluster.app.names import NAMESPACE
-from cluster.config.environment import has_ray_token, ray_auth_mode, set_variables
+from cluster.config.environment import has_ray_token, hurry_name_lookups, ray_auth_mode, set_variables
 
 __all__ = ["RaySession", "join_ray", "start_ray", "visiting_ray"]
 
@@ -102,6 +102,7 @@ def start_ray(num_cpus: int, cores: int) -> RaySession:
     set_variables({"RAY_worker_niceness": "0"})
     # Its head can be started again, and who is there waits for that.
     set_variables({"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(folder / _STORE)})
+    hurry_name_lookups()
     _quieten()
     import ray
 

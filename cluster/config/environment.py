@@ -67,8 +67,8 @@ def ray_uses_token() -> bool:
 
 
 def hurry_name_lookups() -> None:
-    """Before torch is used: it asks for the name of every host that it connects to, twice 5 s each where no name server
-    answers. Whoever has set the resolver's options keeps them."""
+    """Of processes that are started from now on: torch asks for the name of every host that it connects to, twice 5 s
+    each where no name server answers. Whoever has set the resolver's options keeps them."""
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 

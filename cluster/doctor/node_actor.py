@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import ray
 
-from cluster.config.environment import hurry_name_lookups
 from cluster.config.network import NetworkSettings, rank_address
 from cluster.doctor.facts import NodeFacts, Wanted
 from cluster.doctor.gather import gather
@@ -23,7 +22,6 @@ class NodeActor:
     """One a node. Links are measured one after the other."""
 
     def __init__(self, wanted: Wanted) -> None:
-        hurry_name_lookups()
         self._wanted = wanted
         self._link: LinkProcess | None = None
         self._ear: socket.socket | None = None

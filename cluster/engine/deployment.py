@@ -16,7 +16,6 @@ from ray import serve
 from cluster import logs
 from cluster.app.names import ON_HEAD
 from cluster.app.spec import ClusterSpec
-from cluster.config.environment import hurry_name_lookups
 from cluster.config.network import rank_address
 from cluster.engine.leader import Leader, StoreHost
 from cluster.engine.placement import RayRanks
@@ -87,7 +86,6 @@ class Engine:
         in_passing_thread(bring, "import", niceness=spec.settings.load_niceness)
         from workers.parallel.groups import host_store
 
-        hurry_name_lookups()
         del first_rank_host
         return host_store(spec.rank_host or rank_address(spec.network, ray.util.get_node_ip_address()))
 

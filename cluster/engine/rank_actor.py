@@ -11,7 +11,7 @@ import ray
 
 from cluster import logs, telemetry
 from cluster.app.spec import ClusterSpec
-from cluster.config.environment import hurry_name_lookups, set_variables
+from cluster.config.environment import set_variables
 from cluster.config.network import rank_address, rank_variables
 from cluster.engine.ranks import ExpertPlaces
 from workers.report import ExpertLoads, Holdings, LoadReport, RankAddress, RankStatus
@@ -31,7 +31,6 @@ class RankActor:
 
     def __init__(self, rank: int, settings: EngineSettings, spec: ClusterSpec) -> None:
         logs.configure(spec.log_level)
-        hurry_name_lookups()
         set_variables({"OMP_NUM_THREADS": str(settings.num_threads), **rank_variables(spec.network)})
         attributes: dict[str, str | int] = {"shoal.engine": settings.engine, "shoal.rank": rank}
         telemetry.export_traces(spec.otlp_endpoint, "shoal-rank", attributes)
