@@ -32,7 +32,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def test_nothing_is_lost_whoever_dies(served: Served, tmp_path: Path) -> None:
     out = tmp_path / "chaos"
     options = ["--roles", "rank,front-door=3,controller,leader", "--faults", "4", "--seed", "4", "--gap-s", "0.5"]
-    options += ["--streams", "4", "--tokens", "400", "--requests", "4", "--verify", "--out", str(out)]
+    options += ["--streams", "4", "--tokens", "250", "--requests", "4", "--verify", "--out", str(out)]
     done = run_shoal("chaos", "--address", f"127.0.0.1:{served.port}", "--api-key", KEY, *options, timeout_s=180)
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(out.with_suffix(".json").read_text())

@@ -140,8 +140,8 @@ def served(request: pytest.FixtureRequest, folder: Path) -> Iterator[Served]:
 
 
 def test_alone(served: Served, expected: list[list[int]]) -> None:
-    for prompt, tokens in list(zip(PROMPTS, expected, strict=True))[::10]:
-        assert served.tokens(prompt, max_tokens=NUM_TOKENS, ignore_eos=False, min_tokens=NUM_TOKENS) == tokens
+    tokens = served.tokens(PROMPTS[-1], max_tokens=NUM_TOKENS, ignore_eos=False, min_tokens=NUM_TOKENS)
+    assert tokens == expected[-1]
 
 
 def test_in_a_crowd_with_random_arrivals(served: Served, expected: list[list[int]]) -> None:

@@ -124,7 +124,7 @@ def test_a_crowd_of_guided_and_plain_ones(served: Served) -> None:
 
     def ask(at: int) -> str:
         guide, text = asks[at]
-        return say(served, guide, text, temperature=0.0, max_tokens=40).choices[0].text
+        return say(served, guide, text, temperature=0.0, max_tokens=30).choices[0].text
 
     alone = [ask(at) for at in range(len(asks))]
     with ThreadPoolExecutor(len(asks)) as pool:
