@@ -27,7 +27,7 @@ from workers.settings import ExpertBalance
 pytestmark = pytest.mark.timeout(240)
 
 PROMPTS = [[1, 5 + number, *range(40, 40 + 7 * number)] for number in range(6)]
-NUM_TOKENS = 140
+NUM_TOKENS = 200
 
 
 class Case:
