@@ -1,7 +1,7 @@
 """Cuts this node, or one process of it, off from the others on purpose. Run as a script of its own, like `disturb`:
 
-    python -I -S cut_off.py DURATION_S node ADDRESS...        from the hosts with these addresses, both ways
-    python -I -S cut_off.py DURATION_S process PID START      what goes over its connections, and to its ports
+    python -m cluster.app.cut_off DURATION_S node ADDRESS...        from the hosts with these addresses, both ways
+    python -m cluster.app.cut_off DURATION_S process PID START      what goes over its connections, and to its ports
 
 Ends with 1 and the reason on standard error where the node's packet filter (nftables) cannot be had: it needs `nft` and
 CAP_NET_ADMIN. Packets are dropped, so nobody is told. What is dropped is in sets whose elements the kernel forgets by
@@ -16,7 +16,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-_FIRST_S = 0.05  # so that who asked has its answer, even if it is the one that is cut off
+from cluster.app.disturb import FIRST_S, go_on_alone
+from cluster.app.guard import start_time
+
+__all__ = ["sockets"]
+
 _LOOK_S = 0.1  # for connections that the process makes meanwhile
 _LISTENS = "0A"  # as /proc/net/tcp has it
 _NFT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -38,14 +42,6 @@ _PROCESS = """
     }}
     chain leaving {{ type filter hook output priority -300; tcp sport . tcp dport @links drop; }}
 """
-
-
-def started(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
 
 
 def sockets(pid: int) -> tuple[set[tuple[int, int]], set[int]]:
@@ -141,7 +137,7 @@ def cut_node(cut: Cut, addresses: Sequence[str]) -> None:
 
 
 def cut_process(cut: Cut, pid: int, start: str) -> None:
-    while cut.left_s > 0 and started(pid) == start:
+    while cut.left_s > 0 and start_time(pid) == start:
         links, ports = sockets(pid)
         cut.add({"links": {f"{own} . {other}" for own, other in links}, "ports": set(map(str, ports))})
         time.sleep(min(_LOOK_S, max(0.0, cut.left_s)))
@@ -150,17 +146,12 @@ def cut_process(cut: Cut, pid: int, start: str) -> None:
 def main() -> None:
     duration_s, what, *rest = sys.argv[1:]
     try:
-        cut = Cut(_NODE if what == "node" else _PROCESS, _FIRST_S + float(duration_s))
+        cut = Cut(_NODE if what == "node" else _PROCESS, FIRST_S + float(duration_s))
     except RuntimeError as error:
         sys.exit(str(error))
-    if os.fork():
-        os._exit(0)
-    os.setsid()
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for stream in range(3):  # which who asked waits for
-        os.dup2(nowhere, stream)
+    go_on_alone()
     try:
-        time.sleep(_FIRST_S)
+        time.sleep(FIRST_S)
         if what == "node":
             cut_node(cut, rest)
         else:

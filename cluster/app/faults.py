@@ -16,8 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.app import cut_off, disturb, guard
 from cluster.chaos.injector import Process
-from cluster.chaos.schedule import FAULTS
-from cluster.chaos.targets import NODE, processes_of
+from cluster.chaos.schedule import FAULTS, NODE
+from cluster.chaos.targets import processes_of
 from cluster.front_door.errors import InvalidRequest, RequestNotFound, Unavailable
 from cluster.roster import EngineReport, FrontDoorReport
 from cluster.roster_actor import find_roster
@@ -47,7 +47,7 @@ async def inject(
     async def harm(node: str, script: ModuleType, arguments: Sequence[object], pid: int = 0) -> None:
         # Without an address of its own, a rank is on the only node there is.
         where = NodeAffinitySchedulingStrategy(nodes.get(node, here), soft=False)
-        trouble = await _there.options(scheduling_strategy=where).remote(script.__file__, arguments, pid)
+        trouble = await _there.options(scheduling_strategy=where).remote(script.__name__, arguments, pid)
         if trouble:
             raise Unavailable(f"{request.fault} of {request.target} on {node}: {trouble}")
 
@@ -82,7 +82,7 @@ def _whereabouts(actor: object) -> Process:
 def _run(script: str, arguments: Sequence[object], pid: int) -> str:
     """Why a script of ours did not begin; nothing where it did, and goes on. `pid`: whom it is about."""
     whom = (pid, guard.start_time(pid)) if pid else ()
-    command = [sys.executable, "-I", "-S", script, *map(str, (*arguments, *whom))]
+    command = [sys.executable, "-m", script, *map(str, (*arguments, *whom))]
     done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)  # noqa: S603
     return done.stderr.strip().rpartition("\n")[2] if done.returncode else ""
 

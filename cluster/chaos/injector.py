@@ -10,7 +10,7 @@ from typing import Protocol
 import grpc
 
 from cluster.chaos.doors import FATAL, ChaosError, Doors
-from cluster.chaos.schedule import Fault
+from cluster.chaos.schedule import NODE, Fault
 from protos.shoal.v1 import admin_pb2, admin_pb2_grpc
 
 __all__ = ["AdminInjector", "Harm", "Injector", "Injectors", "Process", "processes_there"]
@@ -73,7 +73,7 @@ class AdminInjector:
             "front-door": [f"front-door/{door.id}" for door in status.front_doors],
             "controller": ["controller"],
             "roster": ["roster"],
-            "node": [f"node/{address}" for address in _spare_nodes(status)],
+            "node": [NODE + address for address in _spare_nodes(status)],
         }
 
     async def inject(self, fault: Fault, status: admin_pb2.StatusResponse) -> Harm:

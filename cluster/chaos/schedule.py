@@ -6,10 +6,12 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["FAULTS", "HOSTS", "ROLES", "Fault", "Plan", "crossed", "draw", "parse_weights"]
+__all__ = ["FAULTS", "HOSTS", "NODE", "ROLES", "Fault", "Plan", "crossed", "draw", "parse_weights"]
 
 ROLES = ("rank", "leader", "front-door", "controller", "roster", "engine", "node")
 FAULTS = ("kill", "freeze", "slow", "partition")
+NODE = "node/"
+"""Before a node's address, where it is a target."""
 HOSTS = ("host", "node")
 """Roles of which two at once would be most of a small cluster; while one is down, who is left is not known well."""
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cluster.chaos.injector import Process
+from cluster.chaos.schedule import NODE
 from cluster.roster import EngineReport, FrontDoorReport
 
-__all__ = ["NODE", "processes_of"]
-
-NODE = "node/"
-"""Before a node's address."""
+__all__ = ["processes_of"]
 
 
 def processes_of(

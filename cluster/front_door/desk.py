@@ -276,11 +276,11 @@ class Desk:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
-            self._closed = True
         except TimeoutError:
-            self._closed = True
             for request in list(self._open.values()):
                 request.fail(Unavailable("the front door is shutting down", retry_after_s=1.0))
+        finally:
+            self._closed = True
 
     def close(self) -> None:
         self._prompts.close()

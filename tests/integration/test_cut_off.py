@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("nft", path="/usr/sbin:/usr/bin") is None, reason="nftables is not installed"),
 ]
 
-SCRIPT = [sys.executable, "-I", "-S", str(Path(cut_off.__file__))]
+SCRIPT = [sys.executable, "-m", cut_off.__name__]
 ECHO = """
 import socket, threading
 def echo(connection):
