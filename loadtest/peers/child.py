@@ -25,8 +25,10 @@ def child(module: str, *arguments: str, start_timeout_s: float = 120.0, stop_tim
     try:
         impatience = Timer(start_timeout_s, process.kill)
         impatience.start()
-        line = _ready_line(process)
-        impatience.cancel()
+        try:
+            line = _ready_line(process)
+        finally:
+            impatience.cancel()
         yield line.split()[-1]
     finally:
         process.stdin.close()

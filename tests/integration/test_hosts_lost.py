@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
@@ -26,6 +25,7 @@ from tests.checkpoints import tiny_deepseek
 from tests.hosts import Host, Hosts, make_hosts, needs_hosts
 from tests.hosts.ray_cluster import keep_gcs, kill_ray, ray_cluster, rejoin, serving_on, start_head
 from tests.integration.served import eventually
+from tests.loop_thread import loop_thread
 
 pytestmark = [needs_hosts, pytest.mark.root, pytest.mark.timeout(300)]
 
@@ -47,12 +47,11 @@ WORKS = works(5, 120, 3)
 class Case:
     """The hosts, and a client with as many streams as it likes."""
 
-    def __init__(self, hosts: Hosts) -> None:
+    def __init__(self, hosts: Hosts, loop: asyncio.AbstractEventLoop) -> None:
         self.hosts = hosts
         self.head, *self.others = hosts
         self._doors = Doors([f"{host.address}:{PORT}" for host in hosts], KEY)
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="client", daemon=True).start()
+        self._loop = loop
         self.expected: dict[Work, list[int]] = {}
 
     def ask(self) -> dict[Work, list[int]]:
@@ -113,9 +112,6 @@ class Case:
         waits = [wait.length_s for record in load.records for wait in record.waits]
         print(f"\n{len(load.records)} answers, the longest pause {max(waits, default=0.0):.2f} s")
 
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-
     def _begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
@@ -128,8 +124,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
         stack.enter_context(ray_cluster(*hosts, num_cpus=1, on_head=0))
         server = stack.enter_context(serving_on(hosts[0], model, CONFIG))
         stack.callback(server.kill)  # it does not end at the first signal once the Ray of its host has died
-        made = Case(hosts)
-        stack.callback(made.close)
+        made = Case(hosts, stack.enter_context(loop_thread()))
         made.expected = made.ask()
         yield made
 

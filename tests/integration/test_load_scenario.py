@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
@@ -15,23 +14,19 @@ from loadtest.arrivals import AtOnce
 from loadtest.client import DoorError
 from loadtest.scenario import Scenario, main, run_scenario
 from loadtest.workload import FixedLengths
+from tests.loop_thread import loop_thread
 from tests.unit.loadtest.fake_server import FakeServer, Faults, serving
 
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
     """In a loop of its own, so that the command under test can have one too."""
-    loop = asyncio.new_event_loop()
-    thread = Thread(target=loop.run_forever)
-    thread.start()
     stack = AsyncExitStack()
-    try:
-        yield asyncio.run_coroutine_threadsafe(stack.enter_async_context(serving()), loop).result(10)
-    finally:
-        asyncio.run_coroutine_threadsafe(stack.aclose(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+    with loop_thread() as loop:
+        try:
+            yield asyncio.run_coroutine_threadsafe(stack.enter_async_context(serving()), loop).result(10)
+        finally:
+            asyncio.run_coroutine_threadsafe(stack.aclose(), loop).result(10)
 
 
 def _arguments(server: FakeServer, *more: str) -> list[str]:
