@@ -28,6 +28,7 @@ class _Load:
     """Streams in threads, one after the other on each, that neither retry nor resume."""
 
     port: int
+    think_s: float  # between two of a thread
     num_done: int = 0
     errors: list[str] = field(default_factory=list)
     longest_wait_s: float = 0.0
@@ -47,13 +48,14 @@ class _Load:
                         last_s = time.monotonic()
                     assert position == 150
                     self.num_done += 1
+                    self.stop.wait(self.think_s)
                 except (grpc.RpcError, AssertionError) as error:
                     self.errors.append(str(error))
 
 
 @contextmanager
-def _under_load(served: Served, num_streams: int = 3) -> Iterator[_Load]:
-    load = _Load(served.port)
+def _under_load(served: Served, num_streams: int = 3, think_s: float = 0.0) -> Iterator[_Load]:
+    load = _Load(served.port, think_s)
     threads = [threading.Thread(target=load.run) for _ in range(num_streams)]
     for thread in threads:
         thread.start()
@@ -72,7 +74,7 @@ def test_engines_come_and_go_and_no_request_fails(tmp_path: Path) -> None:
     config.write_text(f"model: {{path: {newer}}}\nresources: {{cache_size: 16MiB}}\n")
     with serving(model) as served:
         at = ["--address", f"127.0.0.1:{served.port}"]
-        with _under_load(served) as load:
+        with _under_load(served, think_s=0.3) as load:
             up = run_shoal("scale", "2", *at)
             assert up.returncode == 0, up.stdout + up.stderr + served.output
             assert [engine.name for engine in served.status().engines] == ["engine-0", "engine-1"]
