@@ -5,6 +5,7 @@ python -m tests.integration.collectives_process SETTINGS.json RANK PORT GENERATI
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -46,6 +47,17 @@ def wrong_sums(tensor: Collectives) -> list[str]:
     return wrong
 
 
+def sums_of_fractions(tensor: Collectives) -> str:
+    """A digest of them: they are rounded, in whichever order they are added up."""
+    found = hashlib.sha256()
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in SHAPES[1:]:
+            generator = torch.Generator().manual_seed(tensor.index)
+            total = tensor.all_reduce(torch.randn(shape, generator=generator).to(dtype))
+            found.update(total.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def gathered(tensor: Collectives) -> bool:
     """Whether the parts came together at index 0, and there alone."""
     parts = [numbers((5, 33), torch.bfloat16, index) for index in range(tensor.size)]
@@ -57,6 +69,7 @@ def try_out(tensor: Collectives, rank: int) -> dict[str, Any]:
     return {
         "kind": tensor.kind,
         "wrong_sums": wrong_sums(tensor),
+        "sums_of_fractions": sums_of_fractions(tensor),
         "gathered": gathered(tensor),
         "minimum": tensor.minimum(100 + rank),
     }

@@ -22,6 +22,7 @@ from scheduler.request import Grammar, GrammarKind, SamplingParams
 from tests.unit.workers.sampler.plans import decoding, plan
 from workers.guided import GrammarCompiler
 from workers.parallel.channel import PlanListener, PlanReceiver, PlanSender, connect
+from workers.parallel.collectives import GlooCollectives, ProcessGroupCollectives
 from workers.parallel.groups import Groups, host_store
 from workers.parallel.plan import ParallelPlan
 from workers.sampler import Sampler
@@ -137,33 +138,43 @@ def _receive(port: int, results: Connection) -> None:
 
 
 def collectives() -> None:
-    """An all-reduce of 16 x 576 bf16 values between two ranks of one thread each."""
-    for kind in ("shm", "gloo"):
+    """An all-reduce of 16 x 576 bf16 values between ranks of one thread each; over gloo also as gloo's own ring."""
+    for kind, num_ranks in (("shm", 2), ("gloo", 2), ("gloo", 3), ("gloo", 4)):
         store = host_store(HOST)
-        ranks = [multiprocessing.Process(target=_reduce, args=(rank, store.port, kind)) for rank in range(2)]
+        ranks = [
+            multiprocessing.Process(target=_reduce, args=(rank, num_ranks, store.port, kind))
+            for rank in range(num_ranks)
+        ]
         for process in ranks:
             process.start()
         for process in ranks:
             process.join()
 
 
-def _reduce(rank: int, port: int, kind: str) -> None:
+def _reduce(rank: int, num_ranks: int, port: int, kind: str) -> None:
     torch.set_num_threads(1)
     settings = EngineSettings(
         engine="e0",
         model_name="none",
         model_path="",
-        plan=ParallelPlan(tensor=2),
+        plan=ParallelPlan(tensor=num_ranks),
         dtype="bfloat16",
         device="cpu",
         max_model_len=64,
         collectives=kind,
     )
-    groups = Groups.join(settings, rank, generation=1, store=(HOST, port), hosts={0: HOST, 1: HOST})
+    groups = Groups.join(settings, rank, generation=1, store=(HOST, port), hosts=dict.fromkeys(range(num_ranks), HOST))
     x = torch.zeros(16, 576, dtype=torch.bfloat16)
-    taken_ms = median_ms(lambda: groups.tensor.all_reduce(x), time.perf_counter, 500)
+    ways: dict[str, Callable[[], torch.Tensor]] = {kind: lambda: groups.tensor.all_reduce(x)}
+    if isinstance(ring := groups.tensor, GlooCollectives) and kind == "gloo":
+        ways["gloo's ring"] = lambda: ProcessGroupCollectives.all_reduce(ring, x)
+    taken_ms: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(5):
+        for name, way in ways.items():
+            taken_ms[name].append(median_ms(way, time.perf_counter, 100))
     if rank == 0:
-        print(f"{groups.tensor.kind}: median {1000 * taken_ms:.0f} us")
+        for name, found in taken_ms.items():
+            print(f"{num_ranks} ranks, {name}: median {1000 * statistics.median(found):.0f} us")
     groups.close()
 
 

@@ -22,7 +22,7 @@ needs_shm = pytest.mark.skipif(not is_built(), reason="shared memory is not comp
 
 
 def run(folder: Path, plan: ParallelPlan, generations: list[int], **fields: Any) -> list[list[dict[str, Any]]]:
-    """What each rank found in each generation."""
+    """What each rank found in each generation; the ranks of a tensor group have the same sums bit for bit."""
     settings = EngineSettings(
         engine="e0",
         model_name="none",
@@ -55,7 +55,11 @@ def run(folder: Path, plan: ParallelPlan, generations: list[int], **fields: Any)
             process.kill()
     for process, (_, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors
-    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    found = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    for group in range(0, plan.num_ranks, plan.tensor):
+        for of_one_generation in zip(*found[group : group + plan.tensor], strict=True):
+            assert len({one.pop("sums_of_fractions") for one in of_one_generation}) == 1
+    return found
 
 
 def check(found: dict[str, Any], kind: str, minimum: int = 100) -> None:

@@ -24,7 +24,13 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from workers.parallel import native, shm
-from workers.parallel.collectives import Collectives, ProcessGroupCollectives, SharedMemoryCollectives, SingleRank
+from workers.parallel.collectives import (
+    Collectives,
+    GlooCollectives,
+    ProcessGroupCollectives,
+    SharedMemoryCollectives,
+    SingleRank,
+)
 from workers.parallel.exchange import Exchange
 from workers.parallel.exchange_choice import join_exchange
 from workers.parallel.liveness import stuck_after_s
@@ -331,8 +337,10 @@ def _stages(world: _World, joined_in_s: float) -> Stages:
 def _tensor_collectives(world: _World, obstacle: str | None, joined_in_s: float) -> Collectives:
     settings, plan = world.settings, world.settings.plan
     own = _own(world, world.tensor_groups(), joined_in_s, settings.step_timeout_s)
-    make = ProcessGroupCollectives if obstacle is not None else SharedMemoryCollectives
-    kind = _kind(settings, _backend(world), obstacle)
+    backend = _backend(world)
+    of_backend = GlooCollectives if backend == "gloo" else ProcessGroupCollectives
+    make = of_backend if obstacle is not None else SharedMemoryCollectives
+    kind = _kind(settings, backend, obstacle)
     collectives = make(
         index=plan.place(world.rank).tensor_index,
         size=plan.tensor,
