@@ -1,7 +1,8 @@
 """How the tests are spread over processes (`pytest -n auto --dist loadscope --no-loadscope-reorder`).
 
-First come those that keep to their own process, a file at a time on every core. Those that start ranks, servers or
-hosts come last, one after the other, so that they have the machine for themselves.
+First come those that do not mind what else runs, a file at a time on every core. Those that start hosts, take
+processes away, or hold what they start to a time come last, one after the other, so that they have the machine for
+themselves.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ _BESIDE_OTHERS = frozenset(
     f"tests/integration/{name}.py"
     for name in (
         "test_admin_door",
+        "test_autotp",
         "test_chat_command",
         "test_cut_off",
         "test_default_model",
@@ -24,13 +26,18 @@ _BESIDE_OTHERS = frozenset(
         "test_grpc_door_failures",
         "test_grpc_session",
         "test_guided_doors",
+        "test_guided_served",
         "test_guided_session",
         "test_http_door",
+        "test_link_probe",
         "test_load_locust",
+        "test_load_peers",
         "test_load_scenario",
         "test_rate_limits",
         "test_resume_elsewhere",
+        "test_serve_plans",
         "test_tls",
+        "test_traces",
     )
 )
 
