@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import socket
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -21,7 +22,7 @@ from cluster.doctor.finding import Finding, failure
 from cluster.doctor.link_process import LinkProblem
 from cluster.doctor.node_actor import NodeActor
 
-__all__ = ["examine_cluster", "rounds"]
+__all__ = ["examine_cluster", "living_nodes", "rounds"]
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def examine_cluster(
     """Of the cluster that this process has joined. A node may take `timeout_s` to answer, and so may every link. Links
     whose turn does not come in `limit_s`, all in all, are not measured; who cannot connect is found before."""
     give_up_s = time.monotonic() + limit_s
-    living = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeManagerHostname"]))
+    living = living_nodes(ray.nodes())
     asked = [_ask(node, name, wanted) for node, name in zip(living, _names(living), strict=True)]
     try:
         facts, silent = _facts(asked, timeout_s)
@@ -65,6 +66,17 @@ def examine_cluster(
     return tuple(findings)
 
 
+def living_nodes(nodes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of Ray's `nodes`, by their machines' names.
+
+    Ray takes seconds to notice that a node has ended. Where it has begun again meanwhile, two nodes have one address:
+    who does not listen there is the one that has ended.
+    """
+    alive = sorted((node for node in nodes if node["Alive"]), key=lambda node: str(node["NodeManagerHostname"]))
+    count = Counter(node["NodeManagerAddress"] for node in alive)
+    return [node for node in alive if count[node["NodeManagerAddress"]] == 1 or _listens(node)]
+
+
 def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
     """Every pair of `count` once, in rounds in which nobody appears twice."""
     places: list[int | None] = [*range(count), *([None] if count % 2 else [])]
@@ -73,6 +85,16 @@ def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
         pairs = zip(places[:half], reversed(places[half:]), strict=True)
         yield [(min(a, b), max(a, b)) for a, b in pairs if a is not None and b is not None]
         places[1:] = [places[-1], *places[1:-1]]
+
+
+def _listens(node: dict[str, Any]) -> bool:
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=_REACH_S).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        return True  # out of reach, which is a finding of its own
+    return True
 
 
 def _names(nodes: Sequence[dict[str, Any]]) -> list[str]:
