@@ -43,13 +43,16 @@ async def ask_each(
 async def each_of(calls: Mapping[int, Awaitable[T]], timeout_s: float) -> tuple[dict[int, T], dict[int, str]]:
     """The same of calls that differ, by rank."""
     tasks = {number: asyncio.ensure_future(call) for number, call in calls.items()}
-    if tasks:
-        await asyncio.wait(tasks.values(), timeout=timeout_s)
+    try:
+        if tasks:
+            await asyncio.wait(tasks.values(), timeout=timeout_s)
+    finally:
+        for task in tasks.values():
+            task.cancel()
     answers: dict[int, T] = {}
     failures: dict[int, str] = {}
     for number, task in tasks.items():
         if not task.done():
-            task.cancel()
             failures[number] = f"rank {number} did not answer in {timeout_s:g} s"
             continue
         try:

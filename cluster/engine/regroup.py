@@ -24,7 +24,7 @@ from cluster.engine.partition import to_fence
 from cluster.engine.ranks import ExpertPlaces, Rank, RankLost, RankRefused
 from scheduler.experts_regroup import regrouped
 from workers.parallel.plan import ParallelPlan
-from workers.report import Holdings, RankState, RankStatus
+from workers.report import Holdings, RankAddress, RankState, RankStatus
 
 __all__ = ["NoRoom", "Regroup", "Regrouped"]
 
@@ -116,13 +116,8 @@ class Regroup:
     async def _once(self, members: Members) -> Regrouped:
         pace, ranks = self._pace, members.ranks
         generation = self._means.next_generation()
-        rest_s, reach_s = pace.rest_timeout_s, pace.reach_timeout_s
         addresses = list(members.addresses.values())
-        (holdings, lost), (cuts, silent) = await asyncio.gather(
-            ask_each(ranks, lambda rank: rank.interrupt(generation, rest_s), rest_s + pace.answer_timeout_s),
-            ask_each(ranks, lambda rank: rank.out_of_reach(addresses, reach_s), rest_s + pace.answer_timeout_s),
-        )
-        lost = silent | lost or to_fence(members.plan, {number: set(others) for number, others in cuts.items()})
+        holdings, lost = await self._at_rest(members, generation, addresses)
         if lost:
             self._on_members(members.whole(ranks.keys() - lost.keys()))
             await self._fence(members, lost)
@@ -142,6 +137,28 @@ class Regroup:
             epoch=epoch,
             bytes_read=sum(read.values()),
         )
+
+    async def _at_rest(
+        self, members: Members, generation: int, addresses: Sequence[RankAddress]
+    ) -> tuple[dict[int, Holdings], dict[int, str]]:
+        """What the ranks hold once their steps have come to rest, and who is lost meanwhile, and why.
+
+        Steps of ranks that are cut off from each other wait for what never comes, until one side is fenced: as soon as
+        all ranks have said whom they reach, nobody waits for such steps.
+        """
+        pace, ranks = self._pace, members.ranks
+        rest_s, reach_s = pace.rest_timeout_s, pace.reach_timeout_s
+        timeout_s = rest_s + pace.answer_timeout_s
+        resting = asyncio.create_task(ask_each(ranks, lambda rank: rank.interrupt(generation, rest_s), timeout_s))
+        try:
+            cuts, silent = await ask_each(ranks, lambda rank: rank.out_of_reach(addresses, reach_s), timeout_s)
+            apart = to_fence(members.plan, {number: set(others) for number, others in cuts.items()})
+            if apart and not silent and not resting.done():
+                return {}, apart
+            holdings, lost = await resting
+        finally:
+            resting.cancel()
+        return holdings, silent | lost or apart
 
 
 def _placements(plan: ParallelPlan, holdings: Mapping[int, Holdings], redundant: int) -> list[list[ExpertPlaces]]:

@@ -335,6 +335,23 @@ async def test_of_ranks_that_cannot_reach_each_other_one_goes_and_comes_back_whe
         assert case.ranks.num_cleared == 1
 
 
+async def test_ranks_are_told_apart_before_their_steps_end() -> None:
+    """Which they would not: each waits for what the other one sends."""
+    async with leading(holding, settings=FOUR) as case:
+        await case.until_state(EngineState.READY)
+        (ranks,) = case.ranks.sets
+        ranks[1].cut_off, ranks[3].cut_off = {3}, {1}
+        for number in (1, 3):
+            ranks[number].faults["interrupt"] = None
+            ranks[number].troubled.set()
+        await case.until(lambda: len(case.leader.groups()) == 3)
+        ranks[1].faults.clear()  # as the step of a rank does whose peer has gone
+        ranks[1].cut_off.clear()
+        await until_whole(case, 2)
+        assert case.ranks.fenced == [3]
+        check(case)
+
+
 async def test_who_has_come_in_stays_while_others_are_waited_for() -> None:
     """Memory suffices for three ranks' experts, not for two's: the first to come back is not thrown away."""
     rooms = {1: asyncio.Event(), 2: asyncio.Event()}
