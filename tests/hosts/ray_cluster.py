@@ -7,6 +7,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -97,15 +98,17 @@ def ray_cluster(*hosts: Host, num_cpus: int = 2, on_head: int | None = None) -> 
     """Of all `hosts`, the first one its head; stopped at the end."""
     give_token(*hosts)
     start_head(hosts[0], num_cpus=num_cpus if on_head is None else on_head)
-    try:
-        for host in hosts[1:]:
-            join(host, hosts[0], num_cpus=num_cpus)
-        yield
-    finally:
-        for host in reversed(hosts):
-            if host.alive:
-                host.thaw()
-                host.run("ray", "stop", "--force", check=False)
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        try:
+            list(pool.map(lambda host: join(host, hosts[0], num_cpus=num_cpus), hosts[1:]))
+            yield
+        finally:
+            list(pool.map(_stop, [host for host in hosts if host.alive]))
+
+
+def _stop(host: Host) -> None:
+    host.thaw()
+    host.run("ray", "stop", "--force", check=False)
 
 
 def shoal(host: Host, *arguments: str, timeout_s: float = 120.0) -> tuple[int, str, str]:
