@@ -73,7 +73,7 @@ def serving(*arguments: str, config: str | None = None, start_timeout_s: float =
             yield Server(
                 address=f"127.0.0.1:{port}",
                 http_url=f"http://127.0.0.1:{http_port}",
-                command=shown,
+                command=shown.replace(str(Path.home()), "~"),
                 first_token_s=first_s - started_s,
                 tree=tree,
             )
