@@ -86,10 +86,11 @@ async def run_scenario(scenario: Scenario, tell: Tell = lambda door, done, num: 
         records = {}
         for door in doors:
             tell(door.name, 0, len(offsets_s))
-            await _warm_up(door, workload, scenario.num_warmup)
+            own = replace(workload, asked=door.name)
+            await _warm_up(door, own, scenario.num_warmup)
             records[door.name] = await open_loop(
                 door.generate,
-                workload.requests(),
+                own.requests(),
                 offsets_s,
                 on_record=_counted(partial(tell, door.name), len(offsets_s)),
             )

@@ -1,7 +1,7 @@
 """What is asked: seeded sequences of prompts and output lengths.
 
 A workload is a pure function of its fields: the same seed gives the same requests on every machine, so that two
-runs, two doors or two servers can be given the same work.
+runs or two servers can be given the same work, and two doors of one server work of the same lengths.
 """
 
 from __future__ import annotations
@@ -179,22 +179,27 @@ class TextPrompts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """An endless sequence of requests; `max_model_len` cuts what would not fit."""
+    """An endless sequence of requests; `max_model_len` cuts what would not fit.
+
+    Whoever else is `asked` of one server is asked requests of the same lengths with other tokens: it must not find
+    the first one's prefixes in the server's cache.
+    """
 
     lengths: LengthModel
     prompts: Prompts
     seed: int = 0
+    asked: str = ""
     ignore_eos: bool = True
     temperature: float = 0.0
     max_model_len: int | None = None
 
     def requests(self) -> Iterator[Work]:
         """The same requests at every call."""
-        rng = random.Random(self.seed)
+        lengths, tokens = random.Random(self.seed), random.Random(f"{self.seed} {self.asked}")
         while True:
-            num_prompt, num_output = self._fit(*self.lengths.draw(rng))
+            num_prompt, num_output = self._fit(*self.lengths.draw(lengths))
             yield Work(
-                prompt=self.prompts.make(rng, num_prompt),
+                prompt=self.prompts.make(tokens, num_prompt),
                 num_output_tokens=num_output,
                 ignore_eos=self.ignore_eos,
                 temperature=self.temperature,

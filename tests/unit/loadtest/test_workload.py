@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import mean, median
@@ -63,6 +64,14 @@ def test_the_same_seed_gives_the_same_requests() -> None:
     assert first == again
     other = Workload(lengths=sharegpt_like(), prompts=TokenPrompts(1000), seed=4, max_model_len=64)
     assert list(islice(other.requests(), 20)) != first
+
+
+def test_two_doors_are_asked_as_much_and_share_no_prefix() -> None:
+    workload = Workload(lengths=sharegpt_like(), prompts=TokenPrompts(100_000))
+    first, second = (list(islice(replace(workload, asked=door).requests(), 50)) for door in ("grpc", "http"))
+    sizes = [[(work.num_prompt_tokens, work.num_output_tokens) for work in asked] for asked in (first, second)]
+    assert sizes[0] == sizes[1]
+    assert not {work.prompt[0] for work in first} & {work.prompt[0] for work in second}
 
 
 def test_requests_fit_the_model() -> None:
