@@ -1,7 +1,7 @@
 """How the tests are spread over processes (`pytest -n auto --dist loadscope --no-loadscope-reorder`).
 
-First come those that do not mind what else runs, a file at a time on every core. Those that start hosts, take
-processes away, or hold what they start to a time come last, one after the other, so that they have the machine for
+First come those that do not mind what else runs, a file at a time on every core. Those that do, most of them because
+what they start is killed or held to a time, come last, one after the other, so that they have the machine for
 themselves.
 """
 

@@ -23,13 +23,7 @@ def child(module: str, *arguments: str, start_timeout_s: float = 120.0, stop_tim
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        impatience = Timer(start_timeout_s, process.kill)
-        impatience.start()
-        try:
-            line = _ready_line(process)
-        finally:
-            impatience.cancel()
-        yield line.split()[-1]
+        yield _ready_line(process, start_timeout_s).split()[-1]
     finally:
         process.stdin.close()
         try:
@@ -40,9 +34,14 @@ def child(module: str, *arguments: str, start_timeout_s: float = 120.0, stop_tim
         process.stdout.close()
 
 
-def _ready_line(process: subprocess.Popen[str]) -> str:
+def _ready_line(process: subprocess.Popen[str], timeout_s: float) -> str:
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("ready "):
-            return line
+    impatience = Timer(timeout_s, process.kill)
+    impatience.start()
+    try:
+        for line in process.stdout:
+            if line.startswith("ready "):
+                return line
+    finally:
+        impatience.cancel()
     raise RuntimeError(f"{process.args!r} ended with status {process.wait()} before it served")
